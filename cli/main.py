@@ -1,0 +1,118 @@
+"""The ``oatlite`` command: its subcommands, and how a mistake or a failure becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+import oatlite
+from oatlite.errors import EXIT_INTERRUPTED, OatliteError
+
+Command = Callable[..., Any]
+
+
+def _train() -> Command:
+    from .train import train
+
+    return train
+
+
+def _sft() -> Command:
+    from .sft import sft
+
+    return sft
+
+
+def _reward_model() -> Command:
+    from .reward_model import reward_model
+
+    return reward_model
+
+
+COMMANDS: dict[str, tuple[Callable[[], Command], str]] = {
+    "train": (_train, "Align a policy online: sample, compare, learn, sync."),
+    "sft": (_sft, "Train a policy on prompts and reference answers."),
+    "reward-model": (_reward_model, "Train a reward model on preferences."),
+}
+"""Each command's function, imported when it is asked for, and the line that stands for it in ``oatlite --help``."""
+
+
+def app_for(arguments: Sequence[str]) -> typer.Typer:
+    """The Typer app, with the function of the command in ``arguments`` and names alone of the others.
+
+    That spares ``oatlite --help`` the imports of every command, which would take it past half a second.
+    """
+    asked = next((argument for argument in arguments if not argument.startswith("-")), None)
+    app = typer.Typer(
+        help="Align language models online on one box: a vLLM actor, an oracle, a DeepSpeed learner.",
+        epilog="`oatlite train` runs a small demo; with --dry-run it says what would run.",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich" if asked in COMMANDS else None,
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for name, (load, line) in COMMANDS.items():
+        if name == asked:
+            app.command(name)(load())
+        else:
+            app.command(name, help=line)(_not_asked)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit code; a person's mistake is told in one line on standard error."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        command = typer.main.get_command(app_for(arguments))
+        code = command.main(arguments, prog_name="oatlite", standalone_mode=False)
+    except typer.TyperException as error:
+        return _fail(_usage(error), 2)
+    except OatliteError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    return code if isinstance(code, int) else 0
+
+
+def run() -> None:
+    sys.exit(main())
+
+
+def _root(
+    ctx: typer.Context,
+    is_version_asked: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if is_version_asked:
+        typer.echo(f"oatlite {oatlite.__version__}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+def _not_asked() -> None:
+    raise AssertionError("only the command that was asked for is ever called")
+
+
+def _usage(error: typer.TyperException) -> str:
+    """Typer's words on one line, with the nearest flag or the place to look."""
+    possible = list(getattr(error, "possibilities", None) or ())
+    message = " ".join((error.message if possible else error.format_message()).split())
+    context = getattr(error, "ctx", None)
+    if possible:
+        message += f"; did you mean {possible[0]}"
+    elif not message.endswith("?"):
+        message = f"{message.rstrip('.')}; see {context.command_path if context else 'oatlite'} --help"
+    return f"{message[:1].lower()}{message[1:]}"
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"oatlite: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    run()

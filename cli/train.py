@@ -1,0 +1,96 @@
+"""``oatlite train``: flags to a configuration, and the configuration to a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oatlite.config.load import load_config, preset_names, resolve
+from oatlite.hardware import gpu_names
+
+from .options import given_settings, setting
+
+RUN, TASK, ALGORITHM, SAMPLING = "Run", "Model and data", "Algorithm", "Sampling"
+BATCHES, ORACLE, PLACEMENT, EVALUATION = "Batches", "Oracle", "Placement", "Evaluation"
+
+
+def train(
+    ctx: typer.Context,
+    name: Annotated[str | None, setting("run.name", RUN)] = None,
+    run_dir: Annotated[str | None, setting("run.dir", RUN)] = None,
+    seed: Annotated[int | None, setting("run.seed", RUN)] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of settings; a run's own config.toml repeats it", rich_help_panel=RUN, metavar="FILE"
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="settings to start from; default: tldr with a GPU, else demo",
+            rich_help_panel=RUN,
+            metavar="|".join(preset_names()),
+        ),
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="any other option; may be repeated", rich_help_panel=RUN, metavar="SECTION.KEY=VALUE"
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="say what would run and what is missing; start nothing", rich_help_panel=RUN),
+    ] = False,
+    ui: Annotated[str | None, setting("run.ui", RUN, metavar="auto|live|plain")] = None,
+    wandb: Annotated[bool | None, setting("run.wandb", RUN)] = None,
+    model: Annotated[str | None, setting("model.path", TASK)] = None,
+    reference_model: Annotated[str | None, setting("model.reference", TASK)] = None,
+    prompts: Annotated[str | None, setting("data.prompts", TASK)] = None,
+    prompt_key: Annotated[str | None, setting("data.prompt_key", TASK)] = None,
+    reference_key: Annotated[str | None, setting("data.reference_key", TASK)] = None,
+    split: Annotated[str | None, setting("data.split", TASK)] = None,
+    chat_template: Annotated[bool | None, setting("data.chat_template", TASK)] = None,
+    max_prompt_tokens: Annotated[int | None, setting("data.max_prompt_tokens", TASK)] = None,
+    max_prompts: Annotated[int | None, setting("data.max_prompts", TASK)] = None,
+    epochs: Annotated[int | None, setting("data.epochs", TASK)] = None,
+    max_queries: Annotated[int | None, setting("data.max_queries", TASK)] = None,
+    algo: Annotated[str | None, setting("algorithm.name", ALGORITHM, metavar="NAME")] = None,
+    beta: Annotated[float | None, setting("algorithm.beta", ALGORITHM)] = None,
+    lr: Annotated[float | None, setting("learner.lr", ALGORITHM)] = None,
+    sync_every: Annotated[int | None, setting("rollout.sync_every", ALGORITHM)] = None,
+    max_new_tokens: Annotated[int | None, setting("sampling.max_new_tokens", SAMPLING)] = None,
+    temperature: Annotated[float | None, setting("sampling.temperature", SAMPLING)] = None,
+    prompts_per_step: Annotated[int | None, setting("rollout.prompts_per_step", BATCHES)] = None,
+    batch_size: Annotated[int | None, setting("learner.batch_size", BATCHES)] = None,
+    micro_batch_size: Annotated[int | None, setting("learner.micro_batch_size", BATCHES)] = None,
+    oracle: Annotated[str | None, setting("oracle.path", ORACLE)] = None,
+    gpus: Annotated[int | None, setting("placement.gpus", PLACEMENT)] = None,
+    actors: Annotated[int | None, setting("placement.actors", PLACEMENT)] = None,
+    learners: Annotated[int | None, setting("placement.learners", PLACEMENT)] = None,
+    eval_every: Annotated[int | None, setting("eval.every", EVALUATION)] = None,
+    eval_prompts: Annotated[int | None, setting("eval.prompts", EVALUATION)] = None,
+) -> None:
+    """Align a policy online: sample, compare, learn, sync.
+
+    Without any flag it runs the preset that fits this machine. Flags win over --config, which wins over --preset.
+    """
+    available = gpu_names()
+    given = load_config(
+        preset=preset, file=config, flags=given_settings(ctx.params), sets=sets or (), num_gpus=len(available)
+    )
+    if dry_run:
+        from .dry_run import report
+
+        # GPUs that are missing are reported, not refused: the numbers are checked as if they were there.
+        planned = resolve(given, max(len(available), given.placement.gpus or 0))
+        typer.echo("\n".join(report(planned, available)))
+        return
+    resolved = resolve(given, len(available))
+
+    from oatlite.supervisor import train as run_training
+
+    raise typer.Exit(run_training(resolved))

@@ -1,0 +1,94 @@
+"""The three hooks and the declaration that make an algorithm. None of them sees a process, a socket or a device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from oatlite.maths.losses import PairLosses
+from oatlite.maths.pairs import ResponseLogprobs
+from oatlite.messages import Float32, Int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What the loop must provide beyond the policy. ``reference``: log-probabilities of the reference policy."""
+
+    reference: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One sampled response: tokens (T,) and the sampler's log-probability of each (T,), at temperature 1."""
+
+    tokens: Int32
+    logprobs: Float32
+    text: str
+    is_finished: bool
+    sampler: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateSet:
+    """The candidates of one prompt, in the order of the sampling plan."""
+
+    prompt: str
+    prompt_tokens: Int32
+    candidates: Sequence[Candidate]
+
+
+@dataclass(frozen=True, slots=True)
+class Duel:
+    """Candidates ``first`` and ``second`` of ``prompt`` (indices) go to the oracle. A prompt without one is dropped."""
+
+    prompt: int
+    first: int
+    second: int
+
+
+class Options(BaseModel):
+    """Base of an algorithm's own options; unknown ones are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Algorithm(ABC):
+    """Subclass it, declare ``needs`` and ``Options``, and write ``loss``; the other hooks have the usual defaults.
+
+    ``--algo file.py:Class`` runs it; ``--set algorithm.options.key=value`` fills its ``Options``.
+    """
+
+    needs: ClassVar[Needs] = Needs()
+    Options: ClassVar[type[BaseModel]] = Options
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def sampling_plan(self) -> Sequence[str]:
+        """The sampler of each candidate of a prompt; its length is the number of candidates."""
+        return ("policy", "policy")
+
+    def select(
+        self,
+        candidates: Sequence[CandidateSet],
+        scores: Mapping[str, npt.NDArray[np.float64]],
+        rng: np.random.Generator,
+    ) -> list[Duel]:
+        """Choose which two candidates of which prompts the oracle compares; sees all prompts of a rank's step.
+
+        ``scores`` holds what ``needs`` asked for, each (M, N). Default: the first two candidates of every prompt.
+        """
+        return [Duel(m, 0, 1) for m in range(len(candidates))]
+
+    @abstractmethod
+    def loss(self, policy: ResponseLogprobs, reference: ResponseLogprobs | None) -> PairLosses:
+        """Per-pair losses (B,), not averaged, and implicit rewards (B,) of both sides.
+
+        ``reference`` is None unless ``needs.reference``. Pairs without a usable verdict are masked by the caller.
+        """

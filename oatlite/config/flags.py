@@ -1,0 +1,52 @@
+"""Which option has a flag of its own, and the words that tell a person what to type."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+FLAGS: dict[str, str] = {
+    "run.name": "--name",
+    "run.dir": "--run-dir",
+    "run.seed": "--seed",
+    "run.ui": "--ui",
+    "run.wandb": "--wandb",
+    "model.path": "--model",
+    "model.reference": "--reference-model",
+    "data.prompts": "--prompts",
+    "data.prompt_key": "--prompt-key",
+    "data.reference_key": "--reference-key",
+    "data.split": "--split",
+    "data.chat_template": "--chat-template",
+    "data.max_prompt_tokens": "--max-prompt-tokens",
+    "data.max_prompts": "--max-prompts",
+    "data.epochs": "--epochs",
+    "data.max_queries": "--max-queries",
+    "algorithm.name": "--algo",
+    "algorithm.beta": "--beta",
+    "learner.lr": "--lr",
+    "rollout.sync_every": "--sync-every",
+    "sampling.max_new_tokens": "--max-new-tokens",
+    "sampling.temperature": "--temperature",
+    "rollout.prompts_per_step": "--prompts-per-step",
+    "learner.batch_size": "--batch-size",
+    "learner.micro_batch_size": "--micro-batch-size",
+    "oracle.path": "--oracle",
+    "placement.gpus": "--gpus",
+    "placement.actors": "--actors",
+    "placement.learners": "--learners",
+    "eval.every": "--eval-every",
+    "eval.prompts": "--eval-prompts",
+}
+
+
+def to_type(key: str, value: Any) -> str:
+    """What to type on the command line to give ``key`` this value, quoted for a shell."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    flag = FLAGS.get(key)
+    if flag is None:
+        return f"--set {shlex.quote(f'{key}={text}')}"
+    if isinstance(value, bool):
+        return flag if value else f"--no-{flag[2:]}"
+    return f"{flag} {shlex.quote(text)}"

@@ -1,0 +1,205 @@
+"""One :class:`Config` out of preset < TOML file < flags, with every mistake told in one line.
+
+Each value keeps the place that it came from, so that an error names the flag or the file to change.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from oatlite.config.dump import dump_toml
+from oatlite.config.explain import explain
+from oatlite.config.flags import FLAGS, to_type
+from oatlite.config.keys import (
+    DEFAULT_ALGORITHM,
+    OPTIONS,
+    SECTIONS,
+    check_key,
+    fields_of,
+    nearest,
+    types_of,
+    unknown_key,
+    unknown_section,
+)
+from oatlite.config.resolve import num_steps, resolve
+from oatlite.config.schema import ALGORITHM_CONFIGS, Config
+from oatlite.errors import ConfigError
+from oatlite.hardware import gpu_names
+
+__all__ = ["dump_toml", "load_config", "num_steps", "preset_names", "resolve"]
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class Given(NamedTuple):
+    """A value and the words that say where it was given."""
+
+    value: Any
+    source: str
+
+
+Layer = dict[str, Given]
+
+
+def load_config(
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    sets: Iterable[str] = (),
+    num_gpus: int | None = None,
+) -> Config:
+    """Merge a preset, a TOML file, flags (dotted keys) and ``section.key=value`` settings, the later winning.
+
+    Where nothing says which model and prompts, a preset is chosen: ``tldr`` with a GPU, else ``demo``. ``num_gpus``
+    (default: counted) matters to that choice alone. Raises :class:`ConfigError` for whatever cannot be used.
+    """
+    layers = [_read_preset(preset)] if preset is not None else []
+    if file is not None:
+        layers.append(_read_file(Path(file), str(file)))
+    layers.append(_command_line(flags or {}, sets))
+    merged = _merge(layers)
+    if preset is None and not any(key in merged and merged[key].value for key in ("model.path", "data.prompts")):
+        merged = _merge([*_default_preset(merged, num_gpus), *layers])
+    _check_algorithm(merged)
+    for key, given in merged.items():
+        check_key(key, given.source, _algorithm(merged))
+    config = _validate(merged)
+    _check_task(config)
+    return config
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def _read_preset(name: str) -> Layer:
+    if name not in preset_names():
+        raise ConfigError(
+            f"there is no preset {name!r} ({', '.join(preset_names())})",
+            f"type --preset {nearest(name, preset_names(), always=True)}",
+        )
+    return _read_file(PRESETS / f"{name}.toml", f"preset {name}")
+
+
+def _default_preset(merged: Layer, num_gpus: int | None) -> list[Layer]:
+    asked = merged["placement.gpus"].value if "placement.gpus" in merged else None
+    available = 0 if asked == 0 else len(gpu_names()) if num_gpus is None else num_gpus
+    if available == 0:
+        return [_read_preset("demo")]
+    # The published run has two GPUs; one is enough for it, so a bare command works there too.
+    return [_read_preset("tldr"), {"placement.gpus": Given(min(2, available), "preset tldr on this machine")}]
+
+
+def _read_file(path: Path, source: str) -> Layer:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the configuration {path}: {error.strerror}", "--config takes a .toml file"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is no UTF-8 text", "--config takes a .toml file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"{path} is no valid TOML: {error}", 'write lines such as name = "text" or lr = 1e-4'
+        ) from None
+    layer: Layer = {}
+    for section, table in tables.items():
+        if section not in SECTIONS:
+            raise unknown_section(section, source) if isinstance(table, dict) else unknown_key(section, source)
+        if not isinstance(table, dict):
+            raise ConfigError(f"{section} ({source}) is a section", f"write [{section}] and its options below")
+        for key, value in table.items():
+            if f"{section}.{key}." == OPTIONS and isinstance(value, dict):
+                layer |= {f"{OPTIONS}{name}": Given(option, source) for name, option in value.items()}
+            else:
+                layer[f"{section}.{key}"] = Given(value, source)
+    return layer
+
+
+def _command_line(flags: Mapping[str, Any], sets: Iterable[str]) -> Layer:
+    layer = {key: Given(value, FLAGS.get(key, key)) for key, value in flags.items()}
+    for text in sets:
+        source = f"--set {text}"
+        key, equals, raw = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise ConfigError(f"{source}: no setting", "type --set section.key=value, as in --set learner.lr=1e-6")
+        if key in SECTIONS:
+            raise ConfigError(f"{key} ({source}) is a section", f"type --set {key}.KEY=VALUE")
+        given = Given(_parse(key, raw), source)
+        if key in layer and layer[key].value != given.value:
+            raise ConfigError(f"{key} is given twice: {layer[key].source} {layer[key].value} and {source}", "keep one")
+        layer[key] = given
+    return layer
+
+
+def _parse(key: str, raw: str) -> Any:
+    """A TOML value; a bare word is text, and so is anything meant for an option that takes nothing but text."""
+    try:
+        document = tomllib.loads(f"value = {raw}")
+    except tomllib.TOMLDecodeError as error:
+        if raw[:1] in ("'", '"', "[", "{"):
+            raise ConfigError(f"--set {key}={raw}: no valid TOML value: {error}", "quote it for the shell") from None
+        return raw
+    section, _, name = key.partition(".")
+    field = fields_of(section).get(name) if section in SECTIONS else None
+    wants_text = field is not None and str in types_of(field)
+    is_other = len(document) > 1 or not isinstance(document["value"], str)
+    return raw if len(document) > 1 or (wants_text and is_other) else document["value"]
+
+
+def _merge(layers: Iterable[Layer]) -> Layer:
+    merged: Layer = {}
+    for layer in layers:
+        if "algorithm.name" in layer and _algorithm(layer) != _algorithm(merged):
+            # The beta of one algorithm says nothing about another's: a new name starts from its own defaults.
+            merged = {key: given for key, given in merged.items() if not key.startswith("algorithm.")}
+        merged |= layer
+    return merged
+
+
+def _algorithm(layer: Layer) -> str:
+    return str(layer["algorithm.name"].value) if "algorithm.name" in layer else DEFAULT_ALGORITHM
+
+
+def _check_algorithm(merged: Layer) -> None:
+    name = _algorithm(merged)
+    if name not in ALGORITHM_CONFIGS and ":" not in name:
+        guess = nearest(name, ALGORITHM_CONFIGS, always=True)
+        raise ConfigError(
+            f"there is no algorithm {name!r} ({merged['algorithm.name'].source})",
+            f"type {to_type('algorithm.name', guess)} (of {', '.join(ALGORITHM_CONFIGS)}, or your own: file.py:Class)",
+        )
+
+
+def _validate(merged: Layer) -> Config:
+    tables: dict[str, dict[str, Any]] = {}
+    for key, (value, _) in merged.items():
+        section, name = key.split(".", 1)
+        table = tables.setdefault(section, {})
+        if key.startswith(OPTIONS):
+            table.setdefault("options", {})[key.removeprefix(OPTIONS)] = value
+            continue
+        # TOML has no null: an empty text is how a person says "none".
+        is_none = value == "" and type(None) in types_of(fields_of(section, _algorithm(merged))[name])
+        table[name] = None if is_none else value
+    try:
+        # As JSON, because strict Python input would refuse the list that stands for a tuple.
+        return Config.model_validate_json(json.dumps(tables, default=str), strict=True)
+    except ValidationError as error:
+        raise explain(error, {key: given.source for key, given in merged.items()}) from None
+
+
+def _check_task(config: Config) -> None:
+    if (config.model.path is None) != (config.data.prompts is None):
+        given, other = ("--model", "--prompts") if config.data.prompts is None else ("--prompts", "--model")
+        raise ConfigError(f"{given} is given and {other} is not", "give both, or neither for a preset")
+    if config.oracle.path is None:
+        raise ConfigError("no oracle is given", "add --oracle REWARD_MODEL (a folder or a hub id)")

@@ -1,0 +1,63 @@
+"""Which process goes on which GPU and which cores: one pure function of a resolved configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from oatlite.config.schema import Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where one process runs. ``gpu`` counts visible GPUs from 0; ``None`` is the CPU."""
+
+    role: str
+    """``"learner"`` or ``"actor"``."""
+    index: int
+    gpu: int | None
+    cores: tuple[int, ...]
+    serves: int
+    """The learner rank whose prompts an actor answers; a learner's own rank."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.role} {self.index}"
+
+
+def places(config: Config, cores: Sequence[int]) -> list[Place]:
+    """Learners first. Where the GPUs suffice for all, each process has its own; else actors and learners share them.
+
+    Learners and actors each have all ``cores`` between them, because in turn one group waits for the other.
+    """
+    num_gpus, learners, actors = config.placement.gpus, config.placement.learners, config.placement.actors
+    assert num_gpus is not None and learners is not None and actors is not None, "resolved first"
+    first_actor_gpu = learners if learners + actors <= num_gpus else 0
+    learner_places = [
+        Place(
+            role="learner",
+            index=rank,
+            gpu=rank if num_gpus else None,
+            cores=_share(cores, rank, learners),
+            serves=rank,
+        )
+        for rank in range(learners)
+    ]
+    actor_places = [
+        Place(
+            role="actor",
+            index=actor,
+            gpu=(first_actor_gpu + actor) % num_gpus if num_gpus else None,
+            cores=_share(cores, actor, actors),
+            serves=actor % learners,
+        )
+        for actor in range(actors)
+    ]
+    return learner_places + actor_places
+
+
+def _share(cores: Sequence[int], index: int, num_shares: int) -> tuple[int, ...]:
+    """The ``index``-th of ``num_shares`` even parts; with fewer cores than parts, one core each, in turn."""
+    if num_shares >= len(cores):
+        return (cores[index % len(cores)],)
+    return tuple(cores[index * len(cores) // num_shares : (index + 1) * len(cores) // num_shares])

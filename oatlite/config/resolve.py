@@ -1,0 +1,203 @@
+"""From what was given to what will run: fills in what was left open, and refuses what cannot work together."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from oatlite.config.flags import to_type
+from oatlite.config.schema import Config
+from oatlite.errors import ConfigError
+from oatlite.hardware import existing_ancestor
+
+DEMO = "demo"
+DEMO_GOLD_SCORE = "oatlite.demo.task:true_score"
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def resolve(config: Config, num_gpus: int) -> Config:
+    """Fill every ``None`` that has a default, for a machine with ``num_gpus``, and check the whole.
+
+    Resolving a resolved configuration changes nothing but an unset ``run.name``. Raises :class:`ConfigError` for what
+    this machine lacks, numbers that don't divide, paths that are not there, and a run folder that cannot be used.
+    """
+    _check_gpus(config, num_gpus)
+    resolved = Config.model_validate(_filled(config, num_gpus))
+    _check_ranks(resolved)
+    _check_batches(resolved, batch_size_is_default=config.learner.batch_size is None)
+    _check_paths(resolved)
+    _check_run_folder(resolved)
+    return resolved
+
+
+def num_steps(config: Config) -> int | None:
+    """Steps of a resolved run, as far as the configuration bounds them; ``None`` where only the data can tell."""
+    bounds = []
+    if config.data.max_prompts is not None:
+        bounds.append(config.data.max_prompts // config.rollout.prompts_per_step * config.data.epochs)
+    if config.data.max_queries is not None:
+        bounds.append(config.data.max_queries // config.rollout.prompts_per_step)
+    return min(bounds, default=None)
+
+
+def actors_of_rank(config: Config, rank: int) -> list[int]:
+    """Actor ``i`` serves the learner rank ``i mod ranks``."""
+    actors, learners = config.placement.actors, config.placement.learners
+    assert actors is not None and learners is not None, "resolved first"
+    return list(range(rank, actors, learners))
+
+
+def _filled(config: Config, num_gpus: int) -> dict[str, Any]:
+    values = config.model_dump()
+    run, model, data, learner, placement = (values[s] for s in ("run", "model", "data", "learner", "placement"))
+
+    def default(section: dict[str, Any], key: str, value: Any, unset: Any = None) -> None:
+        if section[key] == unset:
+            section[key] = value
+
+    default(placement, "gpus", num_gpus)
+    on_gpu = placement["gpus"] > 0
+    default(placement, "learners", min(placement["gpus"] or 1, placement["actors"] or math.inf))
+    default(placement, "actors", max(placement["gpus"], placement["learners"]))
+    default(model, "reference", model["path"])
+    default(model, "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
+    default(values["oracle"], "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
+    default(values["sync"], "transport", "cuda_ipc" if on_gpu else "shm", unset="auto")
+    default(learner, "batch_size", values["rollout"]["prompts_per_step"])
+    default(learner, "zero_stage", 2 if placement["learners"] > 1 else 0)
+    if data["prompts"] == DEMO:
+        default(values["eval"], "gold_score", DEMO_GOLD_SCORE)
+    default(run, "name", _new_name(config))
+    return values
+
+
+def _new_name(config: Config) -> str:
+    algorithm = config.algorithm.name.rpartition(":")[2].lower()
+    name = f"{algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
+    taken = (name, *(f"{name}-{n}" for n in range(2, 100)))
+    return next((free for free in taken if not (Path(config.run.dir) / free).exists()), name)
+
+
+def _check_gpus(config: Config, num_gpus: int) -> None:
+    asked = config.placement.gpus
+    if asked is not None and asked > num_gpus:
+        have = f"this machine has {num_gpus or 'none'}"
+        fix = to_type("placement.gpus", num_gpus) + ("" if num_gpus else " to run on the CPU")
+        raise ConfigError(f"placement.gpus = {asked}, and {have} (CUDA_VISIBLE_DEVICES counts)", f"type {fix}")
+    on_gpu = num_gpus > 0 if asked is None else asked > 0
+    if config.sync.transport == "cuda_ipc" and not on_gpu:
+        raise ConfigError("sync.transport = cuda_ipc needs a GPU", f"type {to_type('sync.transport', 'shm')}")
+
+
+def _check_ranks(config: Config) -> None:
+    place, per_step = config.placement, config.rollout.prompts_per_step
+    assert place.actors is not None and place.learners is not None and place.gpus is not None
+    if place.actors < place.learners:
+        raise ConfigError(
+            f"placement.actors = {place.actors} is less than placement.learners = {place.learners}; a rank needs one",
+            f"type {to_type('placement.actors', place.learners)} or {to_type('placement.learners', place.actors)}",
+        )
+    if 0 < place.gpus < place.learners:
+        raise ConfigError(
+            f"placement.learners = {place.learners} ranks do not fit on {place.gpus} GPUs, one on each",
+            f"type {to_type('placement.learners', place.gpus)} {to_type('placement.actors', place.gpus)}",
+        )
+    sizes = {len(actors_of_rank(config, rank)) for rank in range(place.learners)}
+    unit = place.learners * math.lcm(*sizes)
+    if per_step % unit:
+        each = " or ".join(str(size) for size in sorted(sizes))
+        raise ConfigError(
+            f"rollout.prompts_per_step = {per_step} does not split over {_count(place.learners, 'learner rank')} "
+            f"with {each} actor{'' if sizes == {1} else 's'} each",
+            f"type {_choices('rollout.prompts_per_step', _multiples_near(per_step, unit))}",
+        )
+
+
+def _check_batches(config: Config, *, batch_size_is_default: bool) -> None:
+    per_step, batch, micro = config.rollout.prompts_per_step, config.learner.batch_size, config.learner.micro_batch_size
+    ranks = config.placement.learners
+    assert batch is not None and ranks is not None
+    if batch % (ranks * micro):
+        fits = [size for size in range(1, micro) if batch % (ranks * size) == 0][-1:]
+        fixes = [_choices("learner.micro_batch_size", fits)] if fits else []
+        changed = "rollout.prompts_per_step" if batch_size_is_default else "learner.batch_size"
+        fixes.append(_choices(changed, _multiples_near(batch, ranks * micro)))
+        origin = " (a whole step, as it was not given)" if batch_size_is_default else ""
+        raise ConfigError(
+            f"learner.batch_size = {batch}{origin} is no multiple of {_count(ranks, 'rank')} x {micro} pairs "
+            "(learner.micro_batch_size)",
+            f"type {' or '.join(fixes)}",
+        )
+    if per_step % batch:
+        divisors = [size for size in range(ranks * micro, per_step + 1, ranks * micro) if per_step % size == 0]
+        near = sorted(sorted(divisors, key=lambda size: abs(size - batch))[:2])
+        fixes = [_choices("learner.batch_size", near)] if near else []
+        fixes.append(_choices("rollout.prompts_per_step", _multiples_near(per_step, batch)))
+        raise ConfigError(
+            f"rollout.prompts_per_step = {per_step} is no multiple of learner.batch_size = {batch}",
+            f"type {' or '.join(fixes)}",
+        )
+    for key in ("max_prompts", "max_queries"):
+        bound = getattr(config.data, key)
+        if bound is not None and bound < per_step:
+            raise ConfigError(
+                f"data.{key} = {bound} is less than one step's prompts, rollout.prompts_per_step = {per_step}",
+                f"type {to_type(f'data.{key}', per_step)} or more",
+            )
+
+
+def _check_paths(config: Config) -> None:
+    for key in ("model.path", "model.reference", "oracle.path", "data.prompts"):
+        section, name = key.split(".")
+        path = getattr(getattr(config, section), name)
+        looks_local = path.startswith(("/", "./", "../", "~")) or path.endswith(DATA_SUFFIXES)
+        if looks_local and not Path(path).exists():
+            home = " (~ is not expanded here: give the whole path)" if path.startswith("~") else ""
+            raise ConfigError(f"{key} = {path}: there is no such file or folder{home}", "give its path")
+    for key, reference in (("algorithm.name", config.algorithm.name), ("eval.gold_score", config.eval.gold_score)):
+        if reference is None or (key == "algorithm.name" and ":" not in reference):
+            continue
+        file, _, name = reference.rpartition(":")
+        if not file or not name.isidentifier():
+            raise ConfigError(f"{key} = {reference!r} must look like file.py:name", "give the file and the name in it")
+        if file.endswith(".py") and not Path(file).is_file():
+            raise ConfigError(f"{key} = {reference}: there is no file {file}", "give its path from this folder")
+
+
+def _check_run_folder(config: Config) -> None:
+    name, folder = config.run.name, Path(config.run.dir)
+    assert name is not None
+    if not re.fullmatch(r"[\w][\w.+=-]*", name):
+        plain = re.sub(r"[^\w.+=-]+", "-", name).strip("-.") or "my-run"
+        raise ConfigError(
+            f"run.name = {name!r} must be a plain folder name (letters, digits, . _ + = -)",
+            f"type {to_type('run.name', plain)}",
+        )
+    run = folder / name
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        taken = (f"{name}-{n}" for n in range(2, 1000))
+        free = next((other for other in taken if not (folder / other).exists()), f"{name}-new")
+        raise ConfigError(f"the run folder {run} is in use", f"type {to_type('run.name', free)}, or remove the folder")
+    place = existing_ancestor(run)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"cannot write the run folder {run}: {place} is no folder that you may write to",
+            f"type {to_type('run.dir', 'FOLDER')}",
+        )
+
+
+def _multiples_near(number: int, unit: int) -> list[int]:
+    below = number // unit * unit
+    return [size for size in (below, below + unit) if size > 0]
+
+
+def _choices(key: str, values: list[int]) -> str:
+    return " or ".join(to_type(key, value) for value in values)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,184 @@
+"""Every option of a run: frozen, nested, validated, and free of heavy imports.
+
+``None`` means "not given": :func:`oatlite.config.load.resolve` fills it from the hardware and the other values,
+so that the ``config.toml`` of a run holds no ``None`` whose meaning could drift.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+)
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class RunConfig(Section):
+    name: str | None = Field(None, description="folder of this run under run.dir; default: algorithm and time")
+    dir: str = Field("runs", description="where run folders are made")
+    seed: NonNegativeInt = Field(0, description="the one seed of the run")
+    ui: Literal["auto", "live", "plain"] = Field("auto", description="live screen, plain lines, or by terminal")
+    wandb: bool = Field(False, description="log to Weights & Biases too (WANDB_MODE=offline keeps it on disk)")
+    wandb_project: str = Field("oatlite", description="project at Weights & Biases")
+
+
+class ModelConfig(Section):
+    path: str | None = Field(None, description="policy: a folder, a hub id, or demo")
+    reference: str | None = Field(None, description="reference policy; default: the initial policy")
+    dtype: DTypeName = Field("auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
+    trust_remote_code: bool = Field(False, description="run code that comes with a model")
+
+
+class DataConfig(Section):
+    prompts: str | None = Field(
+        None, description="dataset: a hub id, a saved one, a .jsonl .json .csv .parquet file, or demo"
+    )
+    split: str = Field("train", description="split that training prompts come from")
+    eval_split: str | None = Field(None, description="split for evaluation; default: held out of split")
+    prompt_key: str = Field("prompt", description="column that holds the prompt")
+    reference_key: str | None = Field("reference", description="column of answers that evaluation compares against")
+    chat_template: bool = Field(False, description="wrap each prompt in the tokenizer's chat template")
+    max_prompt_tokens: PositiveInt = Field(512, description="longer prompts are dropped, and counted")
+    max_prompts: PositiveInt | None = Field(None, description="prompts per epoch; default: all")
+    epochs: PositiveInt = Field(1, description="passes over the prompts")
+    max_queries: PositiveInt | None = Field(None, description="stop after so many oracle queries; default: no bound")
+
+
+class SamplingConfig(Section):
+    max_new_tokens: PositiveInt = Field(53, description="longest response, in tokens")
+    temperature: PositiveFloat = Field(0.7, description="temperature of sampled responses")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="1: off")
+    top_k: NonNegativeInt = Field(0, description="0: off")
+
+
+class RolloutConfig(Section):
+    prompts_per_step: PositiveInt = Field(128, description="prompts of one step over all ranks")
+    sync_every: PositiveInt = Field(1, description="steps between weight syncs; larger than the run: offline")
+
+
+class LearnerConfig(Section):
+    batch_size: PositiveInt | None = Field(
+        None, description="pairs per gradient step, all ranks; default: a whole step"
+    )
+    micro_batch_size: PositiveInt = Field(8, description="pairs per forward pass and rank")
+    passes: PositiveInt = Field(1, description="passes over the pairs of a step")
+    lr: PositiveFloat = Field(5e-7, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="cosine has a floor of 0.1")
+    warmup_ratio: Probability = Field(0.03, description="share of the schedule that warms up")
+    weight_decay: NonNegativeFloat = 0.0
+    adam_betas: tuple[Probability, Probability] = (0.9, 0.95)
+    adam_eps: PositiveFloat = 1e-8
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="default: 2 with several ranks, else 0")
+    gradient_checkpointing: bool = False
+    log_kl: bool = Field(False, description="keep a reference model for the KL metric when the loss needs none")
+
+
+class SimPOConfig(Section):
+    name: Literal["simpo"] = Field("simpo", description="simpo, dpo, or your own: file.py:Class")
+    beta: PositiveFloat = Field(2.0, description="scale of the implicit reward")
+    gamma_beta_ratio: NonNegativeFloat = 0.5
+    loss_type: Literal["sigmoid", "hinge"] = "sigmoid"
+
+
+class DPOConfig(Section):
+    name: Literal["dpo"] = "dpo"
+    beta: PositiveFloat = Field(0.1, description="scale of the implicit reward")
+
+
+class CustomAlgorithmConfig(Section):
+    """``file.py:Class`` or ``package.module:Class``; ``options`` go to the class, which validates them."""
+
+    name: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")]
+    options: dict[str, Any] = {}
+
+
+class OracleConfig(Section):
+    path: str | None = Field(None, description="reward model: a folder, a hub id, or demo")
+    chat_template: bool = Field(False, description="wrap prompt and response in the oracle's chat template")
+    max_tokens: PositiveInt = Field(1024, description="prompt and response together; longer pairs carry no weight")
+    batch_tokens: PositiveInt = Field(16384, description="padded tokens per oracle forward pass")
+    dtype: DTypeName = "auto"
+    feedback: Literal["threshold", "bernoulli"] = Field(
+        "threshold", description="the verdict is the likelier side, or drawn from the win probability"
+    )
+
+
+class EvalConfig(Section):
+    every: PositiveInt = Field(20, description="steps between evaluations; both ends are always evaluated")
+    prompts: NonNegativeInt = Field(200, description="held-out prompts; 0: no evaluation")
+    gold_score: str | None = Field(
+        None, description="file.py:function(prompt, response) -> float, logged beside the oracle and never trained on"
+    )
+
+
+class PlacementConfig(Section):
+    gpus: NonNegativeInt | None = Field(None, description="GPUs to use; default: all there are; 0: the CPU")
+    actors: PositiveInt | None = Field(None, description="actor processes; default: one per GPU, or one")
+    learners: PositiveInt | None = Field(None, description="learner ranks; default: one per GPU, or one")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(0.35, description="vLLM's share of a GPU")
+    kv_cache_gib: PositiveFloat = Field(1.0, description="vLLM's cache on CPU")
+
+
+class SyncConfig(Section):
+    transport: Literal["auto", "shm", "cuda_ipc"] = "auto"
+    bucket_mib: PositiveInt = Field(256, description="size of the shared buffer")
+
+
+class TimeoutConfig(Section):
+    """Seconds. A peer that stays silent for longer ends the run with exit code 7."""
+
+    start_s: PositiveFloat = 600
+    generate_s: PositiveFloat = 900
+    oracle_s: PositiveFloat = 300
+    learn_s: PositiveFloat = 1800
+    sync_s: PositiveFloat = 300
+    silence_s: PositiveFloat = Field(60, description="a process that gives no sign of life for longer is dead")
+
+
+ALGORITHM_CONFIGS: dict[str, type[Section]] = {"simpo": SimPOConfig, "dpo": DPOConfig}
+
+
+def _algorithm_tag(value: Any) -> str:
+    name = value.get("name", "simpo") if isinstance(value, dict) else getattr(value, "name", "simpo")
+    return name if name in ALGORITHM_CONFIGS else "custom"
+
+
+AlgorithmConfig = Annotated[
+    Annotated[SimPOConfig, Tag("simpo")]
+    | Annotated[DPOConfig, Tag("dpo")]
+    | Annotated[CustomAlgorithmConfig, Tag("custom")],
+    Discriminator(_algorithm_tag),
+]
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    algorithm: AlgorithmConfig = SimPOConfig()
+    oracle: OracleConfig = OracleConfig()
+    eval: EvalConfig = EvalConfig()
+    placement: PlacementConfig = PlacementConfig()
+    sync: SyncConfig = SyncConfig()
+    timeouts: TimeoutConfig = TimeoutConfig()

@@ -1,0 +1,248 @@
+"""The only module that knows vLLM: an engine inside this process that samples, and takes new weights while running.
+
+The engine is a state machine of two states. ``READY`` generates; ``LOADING`` takes weights, bucket by bucket, and
+refuses to generate until the update is complete. An engine that fails while loading is tainted for good: half of its
+layers are new, and only a fresh process helps.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from oatlite.errors import ConfigError, WorkerDied
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How to start the engine. ``max_model_len`` counts prompt and response tokens together."""
+
+    path: str
+    dtype: str
+    max_model_len: int
+    seed: int
+    device: str
+    gpu_memory_utilization: float
+    kv_cache_gib: float
+    threads: int
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One response: token ids with their log-probabilities (T,) at temperature 1, and its text without EOS."""
+
+    tokens: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    text: str
+    is_finished: bool
+
+
+class State(enum.Enum):
+    READY = "ready"
+    LOADING = "loading"
+    TAINTED = "tainted"
+
+
+def _prepare_environment(options: EngineOptions) -> None:
+    """vLLM reads these when it is imported. One process, no helpers of its own, nothing sent anywhere."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_DO_NOT_TRACK"] = "1"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if options.device == "cpu":
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(options.kv_cache_gib)))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+
+
+class Engine:
+    """A vLLM engine in the calling process.
+
+    Greedy and seeded requests are reproducible: a sample depends on its seed, its prompt and the weights, and on
+    batching only through floating-point rounding.
+    """
+
+    def __init__(self, options: EngineOptions) -> None:
+        _prepare_environment(options)
+        from vllm import LLM
+
+        arguments: dict[str, Any] = {
+            "model": options.path,
+            "dtype": options.dtype,
+            "seed": options.seed % 2**31,
+            "max_model_len": options.max_model_len,
+            "trust_remote_code": options.trust_remote_code,
+            "distributed_executor_backend": "uni",
+            "enable_prefix_caching": True,
+            # A seeded request whose prefill is split raises on CPU; prompts are bounded, so a whole one always fits.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(options.max_model_len, 8192),
+            "max_num_seqs": 256,
+            "disable_log_stats": True,
+            "logprobs_mode": "raw_logprobs",
+        }
+        if options.device == "cpu":
+            arguments["enforce_eager"] = True
+        else:
+            arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
+        try:
+            self._llm = LLM(**arguments)
+        except (ValueError, NotImplementedError) as error:
+            raise ConfigError(f"vLLM does not take the model {options.path}: {error}") from error
+        self._options = options
+        self.state = State.READY
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module that vLLM runs, for checks and for loading weights."""
+        return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+
+    def hugging_face_models(self) -> AbstractContextManager[None]:
+        """Build Hugging Face models beside the engine inside this.
+
+        For some families vLLM patches the modules of transformers in its process, and these ask for its
+        configuration when they are built.
+        """
+        from vllm.config import set_current_vllm_config
+
+        manager: AbstractContextManager[None] = set_current_vllm_config(self._llm.llm_engine.vllm_config)
+        return manager
+
+    def generate(
+        self,
+        prompts: Sequence[npt.NDArray[np.int32]],
+        seeds: Sequence[int],
+        *,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        max_new_tokens: int,
+    ) -> list[Sample]:
+        """Sample one response per prompt; prompts (R,) are token ids, ``seeds`` (R,) one integer each.
+
+        Raises RuntimeError while weights are being loaded.
+        """
+        if self.state is not State.READY:
+            raise RuntimeError(f"the engine cannot generate while it is {self.state.value}")
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                max_tokens=max_new_tokens,
+                seed=None if temperature == 0 else int(seed) % 2**63,
+                logprobs=0,
+                flat_logprobs=True,
+            )
+            for seed in seeds
+        ]
+        inputs = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
+        return [_sample(output.outputs[0]) for output in self._llm.generate(inputs, params, use_tqdm=False)]
+
+    def warm_up(self, prompt: npt.NDArray[np.int32]) -> float:
+        """Generate once so that kernels are ready before the first timed step; returns seconds."""
+        start = time.perf_counter()
+        for count in (1, 8):
+            self.generate(
+                [prompt] * count, range(count), temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=4
+            )
+        self._llm.reset_prefix_cache()
+        return time.perf_counter() - start
+
+    def begin_load(self) -> None:
+        """Enter ``LOADING``: the old weights are given up layer by layer from here on."""
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        if self.state is not State.READY:
+            raise RuntimeError(f"weights cannot be loaded while the engine is {self.state.value}")
+        self.state = State.LOADING
+        initialize_layerwise_reload(self.model)
+
+    def load_bucket(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Load tensors under their Hugging Face names. On return nothing refers to their memory any more."""
+        self._guarded(lambda: self._load(tensors))
+
+    def _load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        loaded = self.model.load_weights(iter(tensors))
+        if loaded is not None and not loaded:
+            raise WorkerDied(f"vLLM took none of {len(tensors)} tensors, the first of them {tensors[0][0]}")
+        self._release(tensors)
+
+    def finish_load(self) -> None:
+        """Complete the update: leave ``LOADING``, wait for the device, forget what the old weights cached."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        def finish() -> None:
+            finalize_layerwise_reload(self.model, self._llm.llm_engine.model_config)
+            self._process_tied_layers()
+            if self._options.device != "cpu":
+                import torch
+
+                torch.cuda.synchronize()
+            if not self._llm.reset_prefix_cache():
+                raise WorkerDied("vLLM refused to reset its prefix cache; a request is still running")
+
+        self._guarded(finish)
+        self.state = State.READY
+
+    def _process_tied_layers(self) -> None:
+        """Let a layer that shares another's parameter see the new values.
+
+        An output head tied to the embedding is sent no weights, so vLLM's reload leaves it alone: right where it
+        reads the shared parameter, but on CPU it multiplies by a packed copy of the old one.
+        """
+        owners: dict[int, torch.nn.Module] = {}
+        for layer in self.model.modules():
+            for parameter in layer.parameters(recurse=False):
+                if owners.setdefault(id(parameter), layer) is not layer:
+                    layer.quant_method.process_weights_after_loading(layer)
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        if self.state is not State.LOADING:
+            raise RuntimeError(f"weights come only between begin_load and finish_load, not while {self.state.value}")
+        try:
+            action()
+        except BaseException:
+            self.state = State.TAINTED
+            raise
+
+    def _release(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Clone what vLLM still holds of a bucket.
+
+        Its layerwise reload buffers the weights of a layer until the layer is complete. Buckets end on module
+        boundaries, but a layer whose parameter is padded (an embedding over a vocabulary that is no multiple of 64)
+        counts as incomplete until the end, and would read the bucket after it has been refilled.
+        """
+        import torch
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        memory = {tensor.untyped_storage().data_ptr() for _, tensor in tensors}
+        for layer in self.model.modules():
+            for _, bound in get_layerwise_info(layer).loaded_weights:
+                for name, value in bound.arguments.items():
+                    if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in memory:
+                        bound.arguments[name] = value.clone()
+
+
+def _sample(output: Any) -> Sample:
+    tokens = np.asarray(output.token_ids, dtype=np.int32)
+    logprobs = output.logprobs
+    assert logprobs is not None and len(logprobs) == len(tokens)
+    values = np.fromiter(
+        (logprobs.logprobs[logprobs.start_indices[i]] for i in range(len(tokens))), np.float32, len(tokens)
+    )
+    return Sample(tokens=tokens, logprobs=values, text=output.text, is_finished=output.finish_reason == "stop")

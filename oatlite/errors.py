@@ -1,0 +1,62 @@
+"""One exception per cause of a run's end, each with its exit code and the words that name the fix."""
+
+from __future__ import annotations
+
+
+class OatliteError(Exception):
+    """A failure that a person can act on.
+
+    ``str(error)`` is one line: what is wrong, where, and (``fix``) what to type instead.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        self.message = " ".join(message.split())
+        self.fix = " ".join(fix.split())
+        super().__init__(f"{self.message}; {self.fix}" if self.fix else self.message)
+
+
+class ConfigError(OatliteError):
+    """The configuration or an input that it names cannot be used."""
+
+    exit_code = 2
+
+
+class WorkerDied(OatliteError):
+    """A worker process ended and could not be replaced."""
+
+    exit_code = 3
+
+
+class CheckpointError(OatliteError):
+    """A checkpoint is missing, torn or does not fit."""
+
+    exit_code = 4
+
+
+class StorageError(OatliteError):
+    """A disk or shared memory is full or refuses a write."""
+
+    exit_code = 5
+
+
+class OracleError(OatliteError):
+    """The oracle failed past its retries, or its answers cannot be used."""
+
+    exit_code = 6
+
+
+class DeadlineExceeded(OatliteError):
+    """A peer did not answer before its deadline."""
+
+    exit_code = 7
+
+
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+BY_EXIT_CODE: dict[int, type[OatliteError]] = {
+    cls.exit_code: cls
+    for cls in (ConfigError, WorkerDied, CheckpointError, StorageError, OracleError, DeadlineExceeded)
+}

@@ -1,0 +1,114 @@
+"""Starting, watching and stopping the processes of a run on this machine, with a reaper behind them.
+
+The supervisor knows only this interface; another launcher can place the same roles on other machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from oatlite import reaper
+
+STOP_GRACE_S = 5.0
+REAPER_S = 15.0
+
+
+class Worker:
+    """A running process of the run, in a process group of its own."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._process = process
+        self.log = log
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs; negative for the signal that ended it."""
+        return self._process.poll()
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended in time."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
+class LocalLauncher:
+    """Owns the run's private folder and its reaper. Use as a context manager: leaving it leaves nothing behind."""
+
+    def __init__(self, segment_prefix: str) -> None:
+        # The default folder for temporary files may be deep, and a socket path must stay under 108 bytes.
+        base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
+        self.run_id = secrets.token_hex(6)
+        self.private_dir = Path(tempfile.mkdtemp(prefix="oatlite-", dir=base))
+        arguments = [str(self.private_dir), f"{segment_prefix}{self.run_id}-"]
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-I", "-S", reaper.__file__, *arguments], stdin=subprocess.PIPE, start_new_session=True
+        )
+        self._workers: list[Worker] = []
+
+    def __enter__(self) -> LocalLauncher:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop_all()
+        assert self._reaper.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._reaper.stdin.close()
+        self._reaper.wait(REAPER_S)
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Worker:
+        """Start ``command`` with output to the end of ``log``; the reaper knows of it from its first moment."""
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        worker = Worker(process, log)
+        self._workers.append(worker)
+        self._tell_reaper("+", worker)
+        return worker
+
+    def forget(self, worker: Worker) -> None:
+        """An ended process's number may soon be another's."""
+        worker.signal(signal.SIGKILL)  # what it may have left in its group
+        self._workers.remove(worker)
+        self._tell_reaper("-", worker)
+
+    def stop_all(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Ask all processes to end, and kill those that are still there after ``grace_s``."""
+        for worker in self._workers:
+            worker.signal(signal.SIGTERM)
+            worker.signal(signal.SIGCONT)
+        deadline = time.monotonic() + grace_s
+        for worker in list(self._workers):
+            if not worker.wait(max(0.0, deadline - time.monotonic())):
+                worker.signal(signal.SIGKILL)
+                worker.wait(STOP_GRACE_S)
+            self.forget(worker)
+
+    def _tell_reaper(self, sign: str, worker: Worker) -> None:
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.write(f"{sign}{worker.pid}\n".encode())
+        self._reaper.stdin.flush()

@@ -1,0 +1,450 @@
+"""Every struct that crosses a process, and its msgpack form: a small header frame, then raw array frames.
+
+Nothing here can execute: a frame names a struct in :data:`MESSAGES`, plain values and arrays of declared types.
+Both ends check the declared limits, the sender before it sends and the receiver before it believes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+MAX_FRAME_BYTES = 1 << 30
+MAX_HEADER_BYTES = 256 << 20
+MAX_FRAMES = 16
+
+Int32 = npt.NDArray[np.int32]
+UInt64 = npt.NDArray[np.uint64]
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+Bool = npt.NDArray[np.bool_]
+
+
+class MalformedMessage(ValueError):
+    """Frames that are no message of ours, or break a declared limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    max_bytes: int
+
+    def check(self, value: Any) -> None:
+        if not isinstance(value, str) or len(value) * 4 > self.max_bytes and len(value.encode()) > self.max_bytes:
+            raise MalformedMessage(f"expected text of at most {self.max_bytes} bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    max_items: int
+    each: _Text
+
+    def check(self, value: Any) -> None:
+        if not isinstance(value, list) or len(value) > self.max_items:
+            raise MalformedMessage(f"expected a list of at most {self.max_items} texts")
+        for item in value:
+            self.each.check(item)
+
+
+@dataclass(frozen=True, slots=True)
+class _Int:
+    low: int
+    high: int
+
+    def check(self, value: Any) -> None:
+        if type(value) is not int or not self.low <= value <= self.high:
+            raise MalformedMessage(f"expected an integer in [{self.low}, {self.high}]")
+
+
+@dataclass(frozen=True, slots=True)
+class _Float:
+    low: float
+    high: float
+
+    def check(self, value: Any) -> None:
+        if type(value) is not float or not math.isfinite(value) or not self.low <= value <= self.high:
+            raise MalformedMessage(f"expected a finite float in [{self.low}, {self.high}]")
+
+
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    def check(self, value: Any) -> None:
+        if type(value) is not bool:
+            raise MalformedMessage("expected a boolean")
+
+
+@dataclass(frozen=True, slots=True)
+class _Array:
+    dtype: str
+    max_bytes: int = MAX_FRAME_BYTES
+
+    def check(self, value: Any) -> None:
+        if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype != np.dtype(self.dtype):
+            raise MalformedMessage(f"expected a one-dimensional array of {self.dtype}")
+        if value.nbytes > self.max_bytes:
+            raise MalformedMessage(f"expected at most {self.max_bytes} bytes, got {value.nbytes}")
+
+
+_Spec = _Text | _Texts | _Int | _Float | _Flag | _Array
+
+
+def _spec(spec: _Spec) -> Any:
+    return field(metadata={"spec": spec})
+
+
+def text(max_bytes: int = 256) -> Any:
+    return _spec(_Text(max_bytes))
+
+
+def texts(max_items: int = 1 << 20, max_bytes: int = 1 << 20) -> Any:
+    return _spec(_Texts(max_items, _Text(max_bytes)))
+
+
+def integer(low: int = 0, high: int = 2**62) -> Any:
+    return _spec(_Int(low, high))
+
+
+def real(low: float = -math.inf, high: float = math.inf) -> Any:
+    return _spec(_Float(low, high))
+
+
+def flag() -> Any:
+    return _spec(_Flag())
+
+
+def array(dtype: str) -> Any:
+    return _spec(_Array(dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """Base of all messages. ``run_id`` keeps the messages of another run out."""
+
+    run_id: str = text()
+
+    def validate(self) -> None:
+        """Check what no single field can show, such as lengths that must agree. Raises MalformedMessage."""
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise MalformedMessage(what)
+
+
+# --------------------------------------------------------------------------- actor and learner: rollouts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest(Message):
+    """Sample ``len(samplers)`` responses for each prompt with the weights of ``policy_version``.
+
+    ``prompt_tokens`` holds all prompts end to end, ``prompt_lengths`` (M,) cuts them; ``seeds`` (M * N,) has one
+    seed per sample, a prompt's N samples side by side. ``temperature`` 0 is greedy.
+    """
+
+    batch_id: str = text()
+    policy_version: int = integer()
+    prompt_tokens: Int32 = array("int32")
+    prompt_lengths: Int32 = array("int32")
+    seeds: UInt64 = array("uint64")
+    samplers: list[str] = texts(max_items=1024, max_bytes=32)
+    temperature: float = real(0.0, 100.0)
+    top_p: float = real(0.0, 1.0)
+    top_k: int = integer(0, 1 << 24)
+    max_new_tokens: int = integer(1, 1 << 20)
+
+    def validate(self) -> None:
+        _require(int(self.prompt_lengths.sum()) == self.prompt_tokens.size, "prompt lengths do not add up")
+        _require(bool((self.prompt_lengths > 0).all()), "an empty prompt")
+        _require(self.seeds.size == self.prompt_lengths.size * len(self.samplers), "not one seed per sample")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateBatch(Message):
+    """The answer to a GenerateRequest; the samples stand in the order of its seeds (M * N,).
+
+    ``sampler_logprobs`` belong to ``response_tokens`` one to one: the log-probability of each sampled token under
+    the distribution of ``policy_version`` at temperature 1. ``is_finished`` says that the response ended with EOS
+    (a sampled token, present in ``response_tokens``) and not at the length limit.
+    """
+
+    batch_id: str = text()
+    policy_version: int = integer()
+    samplers: list[str] = texts(max_items=1024, max_bytes=32)
+    response_tokens: Int32 = array("int32")
+    response_lengths: Int32 = array("int32")
+    sampler_logprobs: Float32 = array("float32")
+    is_finished: Bool = array("bool")
+    texts: list[str] = texts()
+    generate_s: float = real(0.0)
+
+    def validate(self) -> None:
+        _require(int(self.response_lengths.sum()) == self.response_tokens.size, "response lengths do not add up")
+        _require(bool((self.response_lengths >= 0).all()), "a negative response length")
+        _require(self.sampler_logprobs.size == self.response_tokens.size, "not one log-probability per token")
+        _require(bool(np.isfinite(self.sampler_logprobs).all()), "a log-probability that is not finite")
+        _require(self.is_finished.size == self.response_lengths.size == len(self.texts), "samples do not agree")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareRequest(Message):
+    """Ask the oracle at the actor which of two responses to each prompt is better (B pairs).
+
+    ``references`` is empty or holds one answer of the dataset per pair, for oracles that verify.
+    """
+
+    batch_id: str = text()
+    prompts: list[str] = texts()
+    first: list[str] = texts()
+    second: list[str] = texts()
+    references: list[str] = texts()
+
+    def validate(self) -> None:
+        _require(len(self.prompts) == len(self.first) == len(self.second), "pairs do not agree")
+        _require(len(self.references) in (0, len(self.prompts)), "not one reference per pair")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceBatch(Message):
+    """The answer to a CompareRequest: P(first wins) (B,) and, from a reward oracle, both rewards (else empty).
+
+    Where ``is_valid`` is False the oracle gave no usable verdict: the pair carries no weight in training.
+    """
+
+    batch_id: str = text()
+    first_win: Float32 = array("float32")
+    is_valid: Bool = array("bool")
+    first_scores: Float32 = array("float32")
+    second_scores: Float32 = array("float32")
+    oracle_s: float = real(0.0)
+
+    def validate(self) -> None:
+        _require(self.is_valid.size == self.first_win.size, "verdicts do not agree")
+        usable = self.first_win[self.is_valid]
+        _require(bool(((usable >= 0) & (usable <= 1)).all()), "a win probability outside [0, 1]")
+        for scores in (self.first_scores, self.second_scores):
+            _require(scores.size in (0, self.first_win.size), "not one score per pair")
+            _require(scores.size == 0 or bool(np.isfinite(scores[self.is_valid]).all()), "a score that is not finite")
+
+
+# --------------------------------------------------------------------------- actor and learner: weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightManifest(Message):
+    """What the weight buffer holds, sent once per actor start: tensor i lies in ``buckets[i]`` at ``offsets[i]``.
+
+    ``shapes`` holds all shapes end to end, ``ndims`` cuts them. A bucket ends where a module ends.
+    """
+
+    names: list[str] = texts(max_bytes=512)
+    dtypes: list[str] = texts(max_bytes=16)
+    ndims: Int64 = array("int64")
+    shapes: Int64 = array("int64")
+    buckets: Int64 = array("int64")
+    offsets: Int64 = array("int64")
+    buffer_bytes: int = integer(1, 1 << 46)
+
+    def validate(self) -> None:
+        n = len(self.names)
+        _require(n > 0 and len(set(self.names)) == n, "tensor names are missing or repeated")
+        sizes = {len(self.dtypes), self.ndims.size, self.buckets.size, self.offsets.size}
+        _require(sizes == {n}, "tensors do not agree")
+        _require(bool((self.ndims >= 0).all()) and int(self.ndims.sum()) == self.shapes.size, "shapes do not add up")
+        _require(bool((self.shapes >= 0).all()) and bool((self.offsets >= 0).all()), "a negative shape or offset")
+        _require(bool((np.diff(self.buckets) >= 0).all()) and int(self.buckets[0]) == 0, "buckets are out of order")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShmHandle(Message):
+    """The weight buffer as a file under /dev/shm."""
+
+    segment: str = text(64)
+    num_bytes: int = integer(1, 1 << 46)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CudaIpcHandle(Message):
+    """The weight buffer as a CUDA IPC handle; byte fields are hexadecimal, sizes are in bytes."""
+
+    device_uuid: str = text(64)
+    memory_handle: str = text(256)
+    allocation_bytes: int = integer(1, 1 << 46)
+    allocation_offset: int = integer(0, 1 << 46)
+    ref_counter_handle: str = text(256)
+    ref_counter_offset: int = integer(0, 1 << 46)
+    event_handle: str = text(256)
+    event_sync_required: bool = flag()
+    num_bytes: int = integer(1, 1 << 46)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketReady(Message):
+    """Bucket ``bucket`` of ``version`` lies in the buffer; the last one completes the update."""
+
+    version: int = integer()
+    bucket: int = integer(0, 1 << 24)
+    is_last: bool = flag()
+    checksum: str = text(64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketLoaded(Message):
+    """The actor holds no reference into the bucket any more; ``checksum`` is of the bytes that it read."""
+
+    version: int = integer()
+    bucket: int = integer(0, 1 << 24)
+    checksum: str = text(64)
+    read_s: float = real(0.0)
+    load_s: float = real(0.0)
+
+
+# --------------------------------------------------------------------------- all roles: life and death
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello(Message):
+    """A worker is ready. An actor holds the weights that it loaded at start, ``policy_version`` 0 of its run."""
+
+    role: str = text(32)
+    pid: int = integer(1, 1 << 31)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage(Message):
+    """What a worker does now; repeated as its heartbeat."""
+
+    role: str = text(32)
+    stage: str = text(32)
+    detail: str = text(512)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record(Message):
+    """A line for people: ``kind`` step, eval, summary, pair or note; ``body`` is JSON."""
+
+    kind: str = text(16)
+    body: str = text(1 << 20)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure(Message):
+    """A worker ends, with the exit code and the words of an OatliteError."""
+
+    role: str = text(32)
+    exit_code: int = integer(1, 255)
+    message: str = text(8192)
+    fix: str = text(8192)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop(Message):
+    """Finish and exit with 0."""
+
+
+MESSAGES: dict[str, type[Message]] = {
+    cls.__name__: cls
+    for cls in (
+        GenerateRequest,
+        CandidateBatch,
+        CompareRequest,
+        PreferenceBatch,
+        WeightManifest,
+        ShmHandle,
+        CudaIpcHandle,
+        BucketReady,
+        BucketLoaded,
+        Hello,
+        Stage,
+        Record,
+        Failure,
+        Stop,
+    )
+}
+
+
+@functools.cache
+def _specs(cls: type[Message]) -> dict[str, _Spec]:
+    return {f.name: f.metadata["spec"] for f in dataclasses.fields(cls)}
+
+
+def encode(message: Message) -> list[bytes | memoryview]:
+    """Return the frames of ``message``. Raises MalformedMessage where it breaks its own limits."""
+    values: dict[str, Any] = {}
+    arrays: list[bytes | memoryview] = []
+    for name, spec in _specs(type(message)).items():
+        value = getattr(message, name)
+        try:
+            spec.check(value)
+        except MalformedMessage as error:
+            raise MalformedMessage(f"{type(message).__name__}.{name}: {error}") from None
+        if isinstance(spec, _Array):
+            arrays.append(memoryview(np.ascontiguousarray(value)).cast("B"))
+        else:
+            values[name] = value
+    message.validate()
+    header = msgpack.packb([type(message).__name__, values], use_bin_type=True)
+    if len(header) > MAX_HEADER_BYTES:
+        raise MalformedMessage(f"{type(message).__name__}: header of {len(header)} bytes")
+    return [header, *arrays]
+
+
+def decode(frames: Sequence[bytes | memoryview]) -> Message:
+    """Rebuild a message; arrays are read-only views of their frames. Raises MalformedMessage, and nothing else."""
+    if not 1 <= len(frames) <= MAX_FRAMES or len(frames[0]) > MAX_HEADER_BYTES:
+        raise MalformedMessage("wrong number or size of frames")
+    try:
+        header = msgpack.unpackb(frames[0], raw=False, strict_map_key=True, use_list=True)
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        raise MalformedMessage(f"header is not msgpack: {type(error).__name__}") from None
+    if not (isinstance(header, list) and len(header) == 2 and isinstance(header[0], str) and isinstance(header[1], dict)):
+        raise MalformedMessage("header is no [name, fields]")
+    name, values = header
+    cls = MESSAGES.get(name)
+    if cls is None:
+        raise MalformedMessage("unknown message")
+    message = cls(**_read_fields(cls, values, list(frames[1:])))
+    message.validate()
+    return message
+
+
+def _read_fields(cls: type[Message], values: dict[str, Any], arrays: list[bytes | memoryview]) -> dict[str, Any]:
+    specs = _specs(cls)
+    array_names = [name for name, spec in specs.items() if isinstance(spec, _Array)]
+    if set(values) != set(specs) - set(array_names) or len(arrays) != len(array_names):
+        raise MalformedMessage(f"{cls.__name__}: wrong set of fields")
+    for name, frame in zip(array_names, arrays, strict=True):
+        spec = specs[name]
+        assert isinstance(spec, _Array)
+        if len(frame) > spec.max_bytes or len(frame) % np.dtype(spec.dtype).itemsize:
+            raise MalformedMessage(f"{cls.__name__}.{name}: {len(frame)} bytes are no array of {spec.dtype}")
+        if spec.dtype == "bool" and not bool((np.frombuffer(frame, np.uint8) <= 1).all()):
+            raise MalformedMessage(f"{cls.__name__}.{name}: not booleans")
+        values[name] = np.frombuffer(frame, dtype=spec.dtype)
+    for name, spec in specs.items():
+        try:
+            spec.check(values[name])
+        except MalformedMessage as error:
+            raise MalformedMessage(f"{cls.__name__}.{name}: {error}") from None
+    return values
+
+
+def join(parts: Sequence[npt.NDArray[Any]], dtype: str) -> tuple[npt.NDArray[Any], Int32]:
+    """Lay one-dimensional arrays end to end; returns the array and the length of each part (int32)."""
+    lengths = np.array([len(part) for part in parts], dtype=np.int32)
+    flat = np.concatenate([np.asarray(part, dtype=dtype) for part in parts]) if parts else np.zeros(0, dtype)
+    return flat.astype(dtype, copy=False), lengths
+
+
+def cut(flat: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    """Undo :func:`join`."""
+    return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+

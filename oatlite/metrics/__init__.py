@@ -1,0 +1,1 @@
+"""What a run says about itself: :mod:`records` on disk (:mod:`sinks`) and on the screen (:mod:`console`)."""

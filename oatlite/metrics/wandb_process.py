@@ -1,0 +1,80 @@
+"""The process that talks to Weights & Biases: JSON lines come in on standard input, the first says how to start.
+
+It ends when its input does, at the latest ``close_s`` later, whatever wandb does: so it cannot outlive the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+INIT_S = 30.0
+
+
+def main() -> int:
+    start = json.loads(sys.stdin.readline())
+    records = _records(start.pop("close_s"))
+    offline_because = ""
+    try:
+        import wandb
+
+        settings = _settings(wandb.Settings)
+        try:
+            run = wandb.init(**start, settings=settings)
+        except Exception as error:
+            offline_because = _one_line(error)
+            run = wandb.init(**start, settings=settings, mode="offline")
+        for record in records:
+            if record["kind"] == "summary":
+                run.summary.update(flat(record))
+            else:
+                run.log(flat(record), step=record["step"])
+        run.finish()
+    except Exception as error:
+        print(_one_line(error), file=sys.stderr, flush=True)
+        return 1
+    if offline_because:
+        print(f"kept offline, `wandb sync` uploads it: {offline_because}", file=sys.stderr, flush=True)
+    return 1 if offline_because else 0
+
+
+def _records(close_s: float) -> Iterator[dict[str, Any]]:
+    """Records as they come, read on a thread from now on, so that the end of the input is noticed while wandb hangs."""
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        lines.put(None)
+        end = threading.Timer(close_s, os._exit, (1,))
+        end.daemon = True
+        end.start()
+
+    threading.Thread(target=read, daemon=True).start()
+    return (json.loads(line) for line in iter(lines.get, None))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _settings(settings: Any) -> Any:
+    wanted = {"silent": True, "console": "off", "init_timeout": INIT_S}
+    return settings(**{key: value for key, value in wanted.items() if key in settings.model_fields})
+
+
+def flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """``train/loss``, ``eval/win_rate``, ``perf/step_s``: the names under which wandb groups charts."""
+    group = {"step": "train", "eval": "eval"}.get(record["kind"], "summary")
+    named = {f"{group}/{key}": value for key, value in record.items() if key not in ("kind", "step", "perf")}
+    perf = "perf" if group == "train" else f"{group}_perf"
+    return named | {f"{perf}/{key}": value for key, value in record.get("perf", {}).items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

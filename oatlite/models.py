@@ -1,0 +1,203 @@
+"""Policies and references: loading, the pair forward, and how a batch of pairs is laid out for it.
+
+A pair is trained on as one sequence ``[prompt, chosen, rejected]``: both responses start at the position after the
+prompt, and a mask hides ``chosen`` from ``rejected``, so the prompt is computed once. A model whose attention takes
+no such mask gets two plain sequences; :func:`choose_layout` finds out by trying.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from oatlite.errors import ConfigError
+from oatlite.maths.logprobs import token_logprobs
+
+log = logging.getLogger(__name__)
+
+Tokens = npt.NDArray[np.int32]
+LayoutName = Literal["shared", "plain"]
+LOGITS_CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPair:
+    """Prompt and both responses as token ids, in the order that the loss wants them."""
+
+    prompt: Tokens
+    chosen: Tokens
+    rejected: Tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    """One micro-batch, ready for the model: R rows of L tokens, N response tokens of B pairs.
+
+    ``predictor_rows`` and ``predictor_columns`` (N,) say where the hidden state lies that predicts each response
+    token, ``targets`` (N,) which token it is, and ``segments`` (N,) to which response it belongs: 2b for the chosen
+    one of pair b, 2b + 1 for the rejected one.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    predictor_rows: torch.Tensor
+    predictor_columns: torch.Tensor
+    targets: torch.Tensor
+    segments: torch.Tensor
+    num_pairs: int
+
+
+def load_policy(path: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
+    """A causal language model for training: no cache, no dropout (its log-probabilities must be the sampler's)."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from error
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def save_policy(model: nn.Module, state: dict[str, torch.Tensor], tokenizer_path: str, folder: Path) -> None:
+    """Write ``folder`` so that transformers and vLLM load it: weights as safetensors, configuration, tokenizer."""
+    from transformers import AutoTokenizer
+
+    model.config.use_cache = True  # type: ignore[union-attr]
+    model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+    AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(folder)
+
+
+class PairModel(nn.Module):
+    """Wraps a causal language model; its forward gives log-probabilities at response tokens only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Log-probabilities (N,) float32 of ``batch.targets``."""
+        backbone = self.model.base_model
+        mask = batch.attention_mask
+        if mask.is_floating_point():
+            mask = mask.to(next(self.model.parameters()).dtype)
+        hidden = backbone(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        head = self.model.get_output_embeddings()
+        return token_logprobs(
+            hidden[batch.predictor_rows, batch.predictor_columns],
+            head.weight,
+            getattr(head, "bias", None),
+            batch.targets,
+            chunk=LOGITS_CHUNK_TOKENS,
+        )
+
+
+def lay_out(pairs: Sequence[TokenPair], layout: LayoutName, pad_token_id: int, device: torch.device) -> ForwardBatch:
+    """Put pairs into rows: one per pair (``shared``) or one per response (``plain``)."""
+    rows: list[list[Tokens]] = []
+    for pair in pairs:
+        if layout == "shared":
+            rows.append([pair.prompt, pair.chosen, pair.rejected])
+        else:
+            rows += [[pair.prompt, pair.chosen], [pair.prompt, pair.rejected]]
+    length = max(sum(len(part) for part in row) for row in rows)
+    input_ids = np.full((len(rows), length), pad_token_id, np.int64)
+    position_ids = np.zeros((len(rows), length), np.int64)
+    part_ids = np.full((len(rows), length), -1, np.int64)
+    predictors: list[tuple[int, npt.NDArray[np.int64], Tokens]] = []
+    for r, (prompt, *responses) in enumerate(rows):
+        end = len(prompt)
+        input_ids[r, :end], position_ids[r, :end], part_ids[r, :end] = prompt, np.arange(end), 0
+        for s, response in enumerate(responses):
+            span = slice(end, end + len(response))
+            input_ids[r, span], part_ids[r, span] = response, 1 + s
+            position_ids[r, span] = len(prompt) + np.arange(len(response))
+            before = np.arange(end - 1, end - 1 + len(response))
+            before[:1] = len(prompt) - 1
+            predictors.append((r, before, response))
+            end += len(response)
+    lengths = [len(response) for _, _, response in predictors]
+    return ForwardBatch(
+        input_ids=torch.from_numpy(input_ids).to(device),
+        position_ids=torch.from_numpy(position_ids).to(device),
+        attention_mask=_mask(torch.from_numpy(part_ids).to(device), layout),
+        predictor_rows=torch.from_numpy(np.repeat([r for r, _, _ in predictors], lengths)).to(device),
+        predictor_columns=torch.from_numpy(np.concatenate([before for _, before, _ in predictors])).to(device),
+        targets=torch.from_numpy(np.concatenate([t for _, _, t in predictors]).astype(np.int64)).to(device),
+        segments=torch.from_numpy(np.repeat(np.arange(len(predictors)), lengths)).to(device),
+        num_pairs=len(pairs),
+    )
+
+
+def _mask(part_ids: torch.Tensor, layout: LayoutName) -> torch.Tensor:
+    """The attention mask for rows cut into parts (R, L): 0 the prompt, 1 and 2 responses, -1 padding.
+
+    ``plain`` gives the usual (R, L) mask of ones and zeros, ``shared`` an additive (R, 1, L, L) one.
+    """
+    if layout == "plain":
+        return (part_ids >= 0).long()
+    length = part_ids.shape[1]
+    query, key = part_ids[:, :, None], part_ids[:, None, :]
+    visible = ((key == query) | (key == 0)) & torch.ones(length, length, dtype=torch.bool, device=part_ids.device).tril()
+    additive = torch.zeros(visible.shape, device=part_ids.device)
+    # finfo.min and not -inf: a model in bfloat16 or a fused kernel turns rows of -inf into NaN.
+    return additive.masked_fill_(~visible, torch.finfo(torch.bfloat16).min)[:, None]
+
+
+def choose_layout(model: PairModel, vocab_size: int, pad_token_id: int, device: torch.device) -> LayoutName:
+    """``shared`` where the model computes the same log-probabilities that way, else ``plain``, said once in the log.
+
+    Raises ConfigError for a model whose logits are not its output head times its last hidden state (scaled or capped
+    logits), because the chunked log-probabilities would be wrong for it.
+    """
+    generator = np.random.default_rng(0)
+    pairs = [
+        TokenPair(
+            prompt=generator.integers(0, vocab_size, p).astype(np.int32),
+            chosen=generator.integers(0, vocab_size, c).astype(np.int32),
+            rejected=generator.integers(0, vocab_size, r).astype(np.int32),
+        )
+        for p, c, r in ((9, 4, 6), (5, 7, 3))
+    ]
+    with torch.no_grad():
+        plain = lay_out(pairs, "plain", pad_token_id, device)
+        expected = model(plain)
+        logits = model.model(input_ids=plain.input_ids, attention_mask=plain.attention_mask, use_cache=False).logits
+        direct = logits[plain.predictor_rows, plain.predictor_columns].float().log_softmax(-1)
+        direct = direct.gather(1, plain.targets[:, None])[:, 0]
+        tolerance = 1e-3 if expected.dtype == next(model.parameters()).dtype else 0.15
+        if not torch.allclose(direct, expected, atol=tolerance, rtol=0.05):
+            raise ConfigError(
+                f"the logits of {type(model.model).__name__} are not its output head times its last hidden state",
+                "use a model without scaled or capped logits",
+            )
+        try:
+            shared = model(lay_out(pairs, "shared", pad_token_id, device))
+            if torch.allclose(shared, expected, atol=tolerance, rtol=0.05):
+                return "shared"
+            why = f"log-probabilities differ by {float((shared - expected).abs().max()):.2g}"
+        except (RuntimeError, ValueError, TypeError) as error:
+            why = str(error).splitlines()[0]
+    log.warning("%s takes no shared-prompt mask (%s); using plain sequences", type(model.model).__name__, why)
+    return "plain"

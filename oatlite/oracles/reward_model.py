@@ -1,0 +1,203 @@
+"""A reward model as the oracle: any Hugging Face sequence-classification model with one label.
+
+A response is scored as ``tokenize(prompt) + tokenize(response) + EOS``: the two are tokenized apart, as a policy
+produces them, so a score does not depend on merges across the border, and the score is read at EOS. This is what
+``oatlite reward-model`` trains, down to the space that is put between a prompt and a response which bring none.
+With a chat template, the template alone says how the text looks and where it ends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oatlite.continuations import join
+from oatlite.errors import ConfigError, OracleError
+from oatlite.oracles.base import Floats, RewardOracle
+from oatlite.sources import find_local, first_line
+
+HEAD = "ForSequenceClassification"
+TRAIN_ONE = "type a reward model, such as one made by: oatlite reward-model"
+
+
+def check_reward_model(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of the reward model at ``path``, a folder or a hub id, without loading weights.
+
+    Raises ConfigError when there is none, or it is not a classifier with one label.
+    """
+    from transformers import AutoConfig
+
+    find_local(path, "the reward model")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a configuration of somebody else's raises
+        raise ConfigError(f"the reward model {path} cannot be loaded: {first_line(error)}", TRAIN_ONE) from error
+    architectures = getattr(config, "architectures", None) or ["no architecture"]
+    is_classifier = any(name.endswith(HEAD) for name in architectures)
+    if not is_classifier and f"AutoModel{HEAD}" not in (getattr(config, "auto_map", None) or {}):
+        raise ConfigError(f"{path} is {', '.join(architectures)}: it has no classification head", TRAIN_ONE)
+    if config.num_labels != 1:
+        raise ConfigError(
+            f"the classifier {path} has {config.num_labels} labels, and a reward model has one", TRAIN_ONE
+        )
+    return config
+
+
+def pooled_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Rewards (B,) of right-padded sequences (B, T), read at the last real token of each.
+
+    The models' own forward takes "the last token that is not ``pad_token_id``": it refuses a batch where that is
+    None, and skips the EOS that it is asked to score where that is EOS. So a decoder's head is applied here, at the
+    position that the mask gives; it is also applied to B positions and not to B * T. Models without a head called
+    ``score`` are encoders, which pool at the first token and take the mask into account themselves.
+    """
+    head = getattr(model, "score", None)
+    if head is None:
+        return model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0]
+    backbone = model.base_model
+    hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    rows = torch.arange(len(input_ids), device=hidden.device)
+    return head(hidden[rows, attention_mask.sum(dim=1) - 1])[:, 0]
+
+
+class RewardModelOracle(RewardOracle):
+    """Scores in batches of at most ``batch_tokens`` padded tokens, the longest sequences first.
+
+    ``max_tokens`` (or the model's own limit, if that is lower) counts prompt, response and EOS: what is longer gets
+    NaN. ``dtype`` "auto" is bfloat16 on a GPU and float32 on a CPU. ``chat_template`` wraps prompt and response in
+    the template of the reward model's own tokenizer; a prompt that is a JSON list of messages is a conversation.
+
+    Raises ConfigError when the model cannot be loaded or lacks its head or its template.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        chat_template: bool = False,
+        max_tokens: int = 1024,
+        batch_tokens: int = 16384,
+        dtype: str = "auto",
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        config = check_reward_model(path, trust_remote_code=trust_remote_code)
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.path = path
+        self.chat_template = chat_template
+        self.max_tokens = min(max_tokens, limit) if limit else max_tokens
+        self.batch_tokens = batch_tokens
+        self.device = torch.device(device)
+        self.tokenizer = _load_tokenizer(path, trust_remote_code=trust_remote_code)
+        if chat_template and getattr(self.tokenizer, "chat_template", None) is None:
+            raise ConfigError(
+                f"the tokenizer of the reward model {path} has no chat template", "oracle.chat_template = false"
+            )
+        self.model = _load_model(path, _dtype(dtype, self.device), trust_remote_code=trust_remote_code).to(self.device)
+
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str] | None = None
+    ) -> Floats:
+        """See :meth:`RewardOracle.score`. Raises OracleError when the model gives something that is not a number."""
+        del references  # a reward model reads the response alone
+        sequences = self.encode(prompts, responses)
+        scores = np.full(len(sequences), np.nan, np.float32)
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
+        for batch in self._batches([i for i in order if 0 < len(sequences[i]) <= self.max_tokens], sequences):
+            scores[batch] = self._forward([sequences[i] for i in batch])
+            if not np.isfinite(scores[batch]).all():
+                raise OracleError(
+                    f"the reward model {self.path} gave scores that are not finite", "try oracle.dtype = float32"
+                )
+        return scores
+
+    def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt with its response; see the top of this file. An empty response is EOS alone."""
+        if self.chat_template:
+            return [self._templated(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        prompt_ids = {prompt: self.tokenizer(prompt, verbose=False)["input_ids"] for prompt in dict.fromkeys(prompts)}
+        return [
+            [*prompt_ids[prompt], *self._ids(join(prompt, text) if text else ""), *end]
+            for prompt, text in zip(prompts, responses, strict=True)
+        ]
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _templated(self, prompt: str, response: str) -> list[int]:
+        messages = [*_messages(prompt), {"role": "assistant", "content": response}]
+        return self._ids(self.tokenizer.apply_chat_template(messages, tokenize=False))
+
+    def _batches(self, order: Sequence[int], sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Cut ``order``, longest first, so that rows times the first row's length stays within ``batch_tokens``."""
+        batches: list[list[int]] = []
+        for i in order:
+            longest = len(sequences[batches[-1][0]]) if batches else 0
+            if batches and (len(batches[-1]) + 1) * longest <= self.batch_tokens:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+    @torch.inference_mode()
+    def _forward(self, sequences: Sequence[Sequence[int]]) -> Floats:
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        input_ids = torch.zeros(
+            len(sequences), int(lengths.max()), dtype=torch.long
+        )  # what stands in padding is masked
+        for row, sequence in enumerate(sequences):
+            input_ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        scores = pooled_scores(self.model, input_ids.to(self.device), mask.to(self.device))
+        return scores.float().cpu().numpy()
+
+
+def _messages(prompt: str) -> list[dict[str, str]]:
+    if prompt.startswith('[{"role"'):
+        try:
+            messages = json.loads(prompt)
+        except json.JSONDecodeError:
+            messages = None
+        if isinstance(messages, list) and all(isinstance(m, dict) and set(m) == {"role", "content"} for m in messages):
+            return messages
+    return [{"role": "user", "content": prompt}]
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a file of somebody else's makes a tokenizer raise
+        raise ConfigError(
+            f"the reward model {path} has no usable tokenizer: {first_line(error)}",
+            "copy tokenizer.json into its folder",
+        ) from error
+
+
+def _load_model(path: str, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype, num_labels=1, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except Exception as error:  # torn weights, a dtype or an architecture that this version cannot load
+        raise ConfigError(f"the reward model {path} cannot be loaded: {first_line(error)}", TRAIN_ONE) from error
+    if info["missing_keys"]:
+        raise ConfigError(f"the weights of {path} lack {', '.join(sorted(info['missing_keys'])[:3])}", TRAIN_ONE)
+    return model.eval().requires_grad_(False)

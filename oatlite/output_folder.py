@@ -1,0 +1,56 @@
+"""A folder that a command writes is complete or absent, never half there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from oatlite.errors import ConfigError, StorageError
+
+
+def require_free(path: Path) -> None:
+    """Raise ConfigError unless ``path`` is absent or an empty folder."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise ConfigError(f"--output {path} exists and is not empty", "name another folder, or remove that one")
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path`` to write into, and rename it to ``path`` when the block succeeds.
+
+    Where another process has made ``path`` meanwhile, its folder stays and ours goes; so nobody who reads ``path``
+    has it change under them. Raises StorageError if the disk refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise StorageError(f"cannot write beside {path}: {error.strerror}") from error
+    try:
+        yield work
+        work.chmod(0o777 & ~_umask())
+        _rename(work, path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _rename(work: Path, path: Path) -> None:
+    try:
+        os.rename(work, path)
+    except OSError:
+        if not (path.is_dir() and any(path.iterdir())):
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,177 @@
+"""Everything that can be known to be wrong before a process is spawned, found before a process is spawned."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from oatlite.config.schema import Config
+from oatlite.data import PromptSet, load_prompts, load_tokenizer
+from oatlite.errors import ConfigError
+from oatlite.loading import load_callable
+from oatlite.sources import find_local, first_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run will do.
+
+    ``num_prompts`` training prompts are left after ``num_dropped`` rows that were empty or too long (the held-out
+    ones counted in); ``num_queries`` is what the oracle will be asked at most, one query a prompt. The last step of
+    a run that ``data.max_queries`` ends may be a part of one. ``longest_prompt`` is in tokens, held-out ones included.
+    """
+
+    num_prompts: int
+    num_dropped: int
+    num_heldout: int
+    steps_per_epoch: int
+    total_steps: int
+    num_queries: int
+    longest_prompt: int
+
+
+def check(config: Config) -> Plan:
+    """Check that a resolved configuration can run, and plan it.
+
+    Reads configurations, tokenizers and prompts, and no weights. Raises ConfigError, in one line, for the first thing
+    that cannot work.
+    """
+    policy, tokenizer = _check_policy(config)
+    limit = _max_positions(policy)
+    if config.model.reference is not None and config.model.reference != config.model.path:
+        reference = _check_reference(config, policy, tokenizer)
+        limit = min(limit, _max_positions(reference))
+    _check_oracle(config)
+    if config.eval.gold_score is not None:
+        _check_gold_score(config.eval.gold_score)
+    if config.eval.prompts and config.data.reference_key is None:
+        raise ConfigError(
+            "evaluation compares with the dataset's answers, and data.reference_key names none",
+            "name their column, or set eval.prompts = 0",
+        )
+    training, held_out = load_prompts(
+        config.data, config.eval.prompts, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
+    )
+    longest = max(len(tokens) for tokens in [*training.tokens, *held_out.tokens])
+    _check_lengths(config, longest, limit)
+    return _plan(config, training, held_out, longest)
+
+
+def _check_policy(config: Config) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    if config.model.path is None:
+        raise ConfigError("model.path names no policy", "type --model with a folder or a hub id")
+    return _check_language_model(config.model.path, "the policy", trust_remote_code=config.model.trust_remote_code)
+
+
+def _check_reference(config: Config, policy: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    path = str(config.model.reference)
+    model, own = _check_language_model(path, "the reference", trust_remote_code=config.model.trust_remote_code)
+    theirs, ours = (c.get_text_config().vocab_size for c in (model, policy))
+    if theirs != ours or own.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"the reference {path} has another vocabulary than the policy ({theirs} and {ours} tokens)",
+            "give a reference of the policy's family",
+        )
+    return model
+
+
+def _check_language_model(
+    path: str, what: str, *, trust_remote_code: bool
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    folder = find_local(path, what)
+    try:
+        model = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a configuration of somebody else's raises
+        where = "in the folder" if folder else "as a hub id, and there is no such folder"
+        raise ConfigError(
+            f"{what} {path} has no usable configuration {where}: {first_line(error)}", "give a model folder or a hub id"
+        ) from error
+    architectures = model.architectures or []
+    is_causal = any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in architectures)
+    if not is_causal and "AutoModelForCausalLM" not in (getattr(model, "auto_map", None) or {}):
+        raise ConfigError(
+            f"{what} {path} is {', '.join(architectures) or 'of no architecture'}", "give a decoder language model"
+        )
+    if folder and not any(list(folder.glob(pattern)) for pattern in WEIGHTS):
+        raise ConfigError(f"{what} {path} has no weights", f"the folder needs {' or '.join(WEIGHTS)}")
+    tokenizer = load_tokenizer(path, trust_remote_code)
+    if len(tokenizer) > model.get_text_config().vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {path} has {len(tokenizer)} tokens, and the model {model.get_text_config().vocab_size}",
+            "save the model after resize_token_embeddings",
+        )
+    return model, tokenizer
+
+
+def _max_positions(model: PretrainedConfig) -> float:
+    """Prompt and response tokens that the model can take; without bound for one without positions."""
+    return getattr(model.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def _check_oracle(config: Config) -> None:
+    from oatlite.oracles.reward_model import check_reward_model
+
+    path = config.oracle.path
+    if path is None:
+        raise ConfigError("oracle.path names no reward model", "give a folder or a hub id")
+    check_reward_model(path)
+    tokenizer = load_tokenizer(path)
+    if config.oracle.chat_template and getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError(f"the tokenizer of {path} has no chat template", "set oracle.chat_template = false")
+
+
+def _check_gold_score(name: str) -> None:
+    function = load_callable(name)
+    try:
+        inspect.signature(function).bind("prompt", "response")
+    except ValueError:
+        return  # built in, without a signature
+    except TypeError as error:
+        raise ConfigError(f"eval.gold_score {name} does not take (prompt, response): {first_line(error)}") from error
+
+
+def _check_lengths(config: Config, longest: int, limit: float) -> None:
+    new_tokens = config.sampling.max_new_tokens
+    if longest + new_tokens <= limit:
+        return
+    needed = (
+        f"a prompt of {longest} tokens and {new_tokens} new ones do not fit in the {limit:.0f} positions of the model"
+    )
+    if new_tokens >= limit:
+        raise ConfigError(needed, f"set sampling.max_new_tokens below {limit:.0f}")
+    raise ConfigError(needed, f"set data.max_prompt_tokens to {limit - new_tokens:.0f} or less")
+
+
+def _plan(config: Config, training: PromptSet, held_out: PromptSet, longest: int) -> Plan:
+    a_step, num_prompts = config.rollout.prompts_per_step, len(training)
+    if num_prompts < a_step:
+        held = f", {len(held_out)} being held out" if config.data.eval_split is None and len(held_out) else ""
+        raise ConfigError(
+            f"there are {num_prompts} prompts to train on{held}, and a step takes {a_step}",
+            f"set rollout.prompts_per_step to {num_prompts} or less, or bring more prompts",
+        )
+    steps_per_epoch = num_prompts // a_step
+    total_steps = config.data.epochs * steps_per_epoch
+    num_queries = total_steps * a_step
+    if config.data.max_queries is not None:
+        total_steps = min(total_steps, -(-config.data.max_queries // a_step))
+        num_queries = min(num_queries, config.data.max_queries)
+    return Plan(
+        num_prompts=num_prompts,
+        num_dropped=training.num_dropped + held_out.num_dropped,
+        num_heldout=len(held_out),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        num_queries=num_queries,
+        longest_prompt=longest,
+    )

@@ -1,0 +1,49 @@
+"""A small process that outlives the supervisor by a moment and leaves nothing of the run behind.
+
+It is started with plain ``python -I -S`` and imports the standard library alone. Over its standard input it is told
+which process groups exist (``+GROUP``) and which have ended (``-GROUP``). When that input ends, because the
+supervisor closed it or was killed, it kills what is left and removes the run's sockets and shared memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+
+SWEEP_S = 5.0
+
+
+def main(private_dir: str, segment_prefix: str) -> None:
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    groups: set[int] = set()
+    for line in sys.stdin:
+        group = int(line[1:])
+        if line[0] == "+":
+            groups.add(group)
+        else:
+            groups.discard(group)
+    _kill(groups)
+    for entry in os.listdir("/dev/shm"):
+        if entry.startswith(segment_prefix):
+            os.unlink(os.path.join("/dev/shm", entry))
+    shutil.rmtree(private_dir, ignore_errors=True)
+
+
+def _kill(groups: set[int]) -> None:
+    """Until none of them answers: a group may fork while it is being killed."""
+    deadline = time.monotonic() + SWEEP_S
+    while groups and time.monotonic() < deadline:
+        for group in list(groups):
+            try:
+                os.killpg(group, signal.SIGKILL)
+            except ProcessLookupError:
+                groups.discard(group)
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,305 @@
+"""The process that a person starts: it checks, places and spawns, shows what happens, and ends everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from oatlite.config.dump import dump_toml
+from oatlite.config.placement import Place, places
+from oatlite.config.schema import Config
+from oatlite.errors import (
+    BY_EXIT_CODE,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    ConfigError,
+    DeadlineExceeded,
+    OatliteError,
+    WorkerDied,
+)
+from oatlite.hardware import usable_cores
+from oatlite.launcher import LocalLauncher, Worker
+from oatlite.messages import Failure, Message, Record, Stage
+from oatlite.metrics.console import Console, open_console
+from oatlite.preflight import Plan, check
+from oatlite.transport import Hub, address
+from oatlite.workers.spec import CONTROL_SOCKET, WorkerSpec
+
+POLL_S = 0.2
+MAX_ACTOR_RESTARTS = 3
+STACK_DUMP_S = 2.0
+ACTOR_EXIT_S = 30.0
+SEGMENT_PREFIX = "oatlite-"
+
+
+class Interrupted(OatliteError):
+    """Ctrl-C or SIGTERM ended the run; ``exit_code`` says which."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("interrupted" if exit_code == EXIT_INTERRUPTED else "terminated")
+        self.exit_code = exit_code
+
+
+@dataclass(slots=True)
+class _Role:
+    """A place in the run and the process that fills it now. ``stage_since`` and ``seen`` are in monotonic seconds."""
+
+    place: Place
+    spec: WorkerSpec
+    worker: Worker
+    stage: str = "starting"
+    seen: float = field(default_factory=time.monotonic)
+    was_ready: bool = False
+    num_restarts: int = 0
+    failure: Failure | None = None
+
+    @property
+    def is_actor(self) -> bool:
+        return self.place.role == "actor"
+
+
+def train(config: Config) -> int:
+    """Run a resolved configuration to its end. Returns 0, or raises the OatliteError that ended the run."""
+    effective = _with_demo(config)
+    plan = check(effective)
+    run_dir = _create_run_dir(config)
+    title = f"{run_dir.name}  {config.algorithm.name}  {config.model.path}"
+    with LocalLauncher(SEGMENT_PREFIX) as launcher:
+        with open_console(config.run.ui, title=title, total_steps=plan.total_steps) as console:
+            _note_dropped(console, plan)
+            supervisor = Supervisor(effective, plan, run_dir, launcher, console)
+            started = time.monotonic()
+            supervisor.run()
+            console.close(_summary(plan, run_dir, time.monotonic() - started))
+    return 0
+
+
+def _with_demo(config: Config) -> Config:
+    """Put the folders of the embedded demo where the configuration says ``demo``, building them on first use."""
+    if "demo" not in (config.model.path, config.data.prompts, config.oracle.path):
+        return config
+    from oatlite.demo.build import ensure_demo
+
+    demo = ensure_demo()
+    values = config.model_dump()
+    for section, key, path in (
+        ("model", "path", demo.policy),
+        ("model", "reference", demo.policy),
+        ("data", "prompts", demo.prompts),
+        ("oracle", "path", demo.reward_model),
+    ):
+        if values[section][key] == "demo":
+            values[section][key] = str(path)
+    return Config.model_validate(values)
+
+
+def _create_run_dir(config: Config) -> Path:
+    assert config.run.name is not None
+    run_dir = Path(config.run.dir) / config.run.name
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write the run folder {run_dir}: {error.strerror}", "give another --run-dir") from None
+    return run_dir.resolve()
+
+
+def _note_dropped(console: Console, plan: Plan) -> None:
+    if plan.num_dropped:
+        console.note(f"{plan.num_dropped} prompts were empty or too long and are left out")
+
+
+def _summary(plan: Plan, run_dir: Path, seconds: float) -> dict[str, Any]:
+    return {
+        "kind": "summary",
+        "steps": plan.total_steps,
+        "queries": plan.num_queries,
+        "seconds": seconds,
+        "run_dir": str(run_dir),
+        "model": str(run_dir / "model"),
+    }
+
+
+class Supervisor:
+    """Spawns the workers and watches them: exits, silence, last words, signals."""
+
+    def __init__(self, config: Config, plan: Plan, run_dir: Path, launcher: LocalLauncher, console: Console) -> None:
+        self._config = config
+        self._plan = plan
+        self._run_dir = run_dir
+        self._launcher = launcher
+        self._console = console
+        self._hub = Hub(address(launcher.private_dir, CONTROL_SOCKET), launcher.run_id)
+        self._roles: dict[str, _Role] = {}
+        self._signals: list[int] = []
+
+    def run(self) -> None:
+        """Until all learners are done. Raises the OatliteError that ended the run."""
+        with _collected_signals(self._signals):
+            try:
+                for place in places(self._config, usable_cores()):
+                    self._check_signals()
+                    self._spawn(place)
+                while not self._are_done():
+                    self._watch()
+            except Interrupted:
+                self._launcher.stop_all(grace_s=0.0 if len(self._signals) > 1 else 5.0)
+                raise
+            finally:
+                self._hub.close()
+
+    def _spawn(self, place: Place) -> None:
+        spec = WorkerSpec(
+            run_id=self._launcher.run_id,
+            kind="learner" if place.role == "learner" else "actor",
+            index=place.index,
+            run_dir=self._run_dir,
+            private_dir=self._launcher.private_dir,
+            device="cpu" if place.gpu is None else "cuda",
+            threads=len(place.cores),
+            max_model_len=self._plan.longest_prompt + self._config.sampling.max_new_tokens,
+            num_steps=self._plan.total_steps,
+            config=self._config,
+        )
+        self._roles[spec.role] = _Role(place, spec, self._start(place, spec))
+        self._console.stage(place.name, "starting")
+
+    def _start(self, place: Place, spec: WorkerSpec) -> Worker:
+        log = self._run_dir / "logs" / f"{spec.role}.log"
+        command = [sys.executable, "-m", "oatlite.workers", str(spec.write())]
+        return self._launcher.start(command, _environment(place), log)
+
+    def _watch(self) -> None:
+        self._check_signals()
+        received = self._hub.receive(POLL_S)
+        while received is not None:
+            self._handle(*received)
+            received = self._hub.receive(0)
+        for role in list(self._roles.values()):
+            code = role.worker.exit_code()
+            if code is not None:
+                self._ended(role, code)
+            elif time.monotonic() - role.seen > self._config.timeouts.silence_s:
+                self._silent(role)
+
+    def _handle(self, peer: str, message: Message) -> None:
+        role = self._roles.get(peer)
+        if role is None:
+            return
+        role.seen = time.monotonic()
+        match message:
+            case Stage():
+                if (role.stage, message.stage) != ("starting", "starting") or message.detail:
+                    self._console.stage(role.place.name, message.stage, message.detail)
+                role.stage = message.stage
+                role.was_ready |= message.stage != "starting"
+            case Record(kind="pair"):
+                self._console.pair(json.loads(message.body))
+            case Record(kind="note"):
+                self._console.note(str(json.loads(message.body)["text"]))
+            case Record():
+                self._console.record(json.loads(message.body))
+            case Failure():
+                role.failure = message
+
+    def _ended(self, role: _Role, code: int) -> None:
+        if code == 0:
+            return
+        while (received := self._hub.receive(0)) is not None:  # its last words may still be on their way
+            self._handle(*received)
+        failure = role.failure
+        is_for_good = failure is not None and failure.exit_code != WorkerDied.exit_code
+        if role.is_actor and role.was_ready and not is_for_good and role.num_restarts < MAX_ACTOR_RESTARTS:
+            self._restart(role, _describe_exit(code))
+            return
+        log = role.worker.log
+        if failure is not None:
+            cls = BY_EXIT_CODE.get(failure.exit_code, WorkerDied)
+            raise cls(f"{role.place.name}: {failure.message}", f"{failure.fix + '; ' if failure.fix else ''}log: {log}")
+        raise WorkerDied(f"{role.place.name} {_describe_exit(code)}", f"log: {log}")
+
+    def _silent(self, role: _Role) -> None:
+        """Get a frozen worker's stacks into its log, then treat it as dead. A stopped process runs no handler."""
+        silence = self._config.timeouts.silence_s
+        role.worker.signal(signal.SIGUSR1)
+        role.worker.signal(signal.SIGCONT)
+        time.sleep(STACK_DUMP_S)
+        role.worker.signal(signal.SIGKILL)
+        role.worker.wait(STACK_DUMP_S)
+        if role.is_actor and role.was_ready and role.num_restarts < MAX_ACTOR_RESTARTS:
+            self._restart(role, f"was silent for {silence:.0f} s")
+            return
+        raise DeadlineExceeded(
+            f"{role.place.name} was silent for {silence:.0f} s", f"its stacks are in {role.worker.log}"
+        )
+
+    def _restart(self, role: _Role, why: str) -> None:
+        role.num_restarts += 1
+        self._console.note(f"{role.place.name} {why}; restart {role.num_restarts} of {MAX_ACTOR_RESTARTS}")
+        self._console.stage(role.place.name, "restarting")
+        self._launcher.forget(role.worker)
+        role.worker = self._start(role.place, role.spec)
+        role.seen = time.monotonic()
+        role.failure = None
+
+    def _are_done(self) -> bool:
+        """All learners ended well; their actors were told to stop, and have a moment for it."""
+        learners = [role for role in self._roles.values() if not role.is_actor]
+        if any(role.worker.exit_code() != 0 for role in learners):
+            return False
+        deadline = time.monotonic() + ACTOR_EXIT_S
+        for role in self._roles.values():
+            role.worker.wait(max(0.0, deadline - time.monotonic()))
+        self._watch_last_messages()
+        return True
+
+    def _watch_last_messages(self) -> None:
+        while (received := self._hub.receive(0)) is not None:
+            self._handle(*received)
+
+    def _check_signals(self) -> None:
+        if self._signals:
+            raise Interrupted(EXIT_INTERRUPTED if self._signals[0] == signal.SIGINT else EXIT_TERMINATED)
+
+
+@contextmanager
+def _collected_signals(into: list[int]) -> Iterator[None]:
+    """Note SIGINT and SIGTERM instead of raising, so that they are acted upon between two steps of the watch."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        into.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _environment(place: Place) -> dict[str, str]:
+    environment = dict(os.environ)
+    threads = str(len(place.cores))
+    environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    environment["CUDA_VISIBLE_DEVICES"] = "" if place.gpu is None else _visible_gpu(place.gpu)
+    environment["PYTHONUNBUFFERED"] = "1"
+    return environment
+
+
+def _visible_gpu(gpu: int) -> str:
+    """The name that CUDA knows the ``gpu``-th visible GPU by."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[gpu].strip() if visible else str(gpu)
+
+
+def _describe_exit(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

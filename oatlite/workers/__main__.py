@@ -1,0 +1,44 @@
+"""``python -m oatlite.workers SPEC``: one worker process, whose output is its log."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from oatlite.workers.lifeline import Lifeline
+from oatlite.workers.spec import WorkerSpec
+
+
+def main(spec_path: str) -> int:
+    spec = WorkerSpec.model_validate_json(Path(spec_path).read_text())
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
+    lifeline = Lifeline(spec)
+    try:
+        if spec.kind == "learner":
+            from oatlite.workers.learner_process import run_learner
+
+            run_learner(spec, lifeline)
+        else:
+            from oatlite.workers.actor import run_actor
+
+            run_actor(spec, lifeline)
+    except BaseException as error:
+        logging.exception("%s ends", spec.role)
+        return lifeline.fail(error)
+    lifeline.stage("stopped")
+    lifeline.close()
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Libraries leave threads and atexit hooks that can hang; everything of ours is closed.
+    os._exit(code)

@@ -1,0 +1,74 @@
+"""What the loop needs of its parts, so that each can be one of the fakes in :mod:`oatlite.testing`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from oatlite.algorithms.base import Candidate
+from oatlite.messages import Int32, UInt64
+from oatlite.metrics.records import Kind
+from oatlite.oracles.base import Verdicts
+from oatlite.workers.rollout import ParameterSource, SamplingOptions
+from oatlite.workers.update import TrainingPair, UpdateStats
+
+
+class Actors(Protocol):
+    """``policy_version`` is the one that samples now; ``reload_s`` is what the last sync spent inside the engine."""
+
+    policy_version: int
+    reload_s: float
+
+    def generate(
+        self, prompts: Sequence[Int32], seeds: UInt64, samplers: Sequence[str], sampling: SamplingOptions
+    ) -> tuple[list[list[Candidate]], float]: ...
+    def compare(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], references: Sequence[str] | None
+    ) -> tuple[Verdicts, float]: ...
+    def sync(self, version: int, source: ParameterSource) -> list[str]: ...
+
+
+class Updates(Protocol):
+    def learn(self, pairs: Sequence[TrainingPair], num_steps: int) -> UpdateStats: ...
+
+
+class Ranks(Protocol):
+    """The learner's ranks as one of them sees them."""
+
+    def add_up(self, values: Sequence[float]) -> list[float]: ...
+    def gather_bytes(self, data: bytes) -> list[bytes]: ...
+
+
+class Policies(Protocol):
+    """``newest``: the learner's weights. ``behaviour``: those that the actors sample with between two syncs."""
+
+    newest: ParameterSource
+    behaviour: ParameterSource
+
+    def adopt(self) -> ParameterSource:
+        """Make the newest weights the behaviour, and return it."""
+        ...
+
+
+class Keeps(Protocol):
+    def record(self, kind: Kind, *, perf: dict[str, Any], **metrics: Any) -> None: ...
+    def samples(self, rows: Sequence[dict[str, Any]]) -> None: ...
+    def evaluation(self, step: int, rows: Sequence[dict[str, Any]]) -> None: ...
+
+
+class Shows(Protocol):
+    def doing(self, stage: str, detail: str = "") -> AbstractContextManager[None]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """Which part of each step is this rank's."""
+
+    rank: int
+    count: int
+
+    def of(self, items: Sequence[Any]) -> Any:
+        """A contiguous part of ``items``, the same on every call."""
+        return items[len(items) * self.rank // self.count : len(items) * (self.rank + 1) // self.count]

@@ -1,0 +1,85 @@
+"""Evaluation: the newest policy, greedy, against the dataset's answers to held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from oatlite.config.schema import Config
+from oatlite.data import PromptSet
+from oatlite.metrics.records import Mean
+from oatlite.oracles.base import Verdicts
+from oatlite.workers.contracts import Actors, Share
+from oatlite.workers.experience import EVAL_SEEDS, sample_seeds, sampling_options
+from oatlite.workers.gold import GoldScore
+
+
+class Judge:
+    """Asks the oracle how often the policy that the actors hold beats the references, on a rank's share of them."""
+
+    def __init__(
+        self, config: Config, share: Share, held_out: PromptSet, actors: Actors, gold: GoldScore | None
+    ) -> None:
+        self._config = config
+        self._share = share
+        self._held_out = held_out
+        self._actors = actors
+        self._gold = gold
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self._held_out)
+
+    def judge(self) -> tuple[dict[str, Mean], list[dict[str, Any]]]:
+        """Metrics that add up over ranks, and a row per prompt with the response and the verdict.
+
+        ``win_rate`` counts a probability over 0.5 as a win and exactly 0.5 as half a win; ``win_probability`` is the
+        mean of the probabilities. Prompts without a valid verdict count in neither.
+        """
+        held_out = self._held_out
+        assert held_out.references is not None
+        mine: Sequence[int] = self._share.of(range(len(held_out)))
+        seeds = sample_seeds(self._config.run.seed, EVAL_SEEDS, 0, held_out.rows[list(mine)].tolist(), 1)
+        greedy = sampling_options(self._config.sampling, is_greedy=True)
+        candidates, _ = self._actors.generate([held_out.tokens[i] for i in mine], seeds, ["policy"], greedy)
+        prompts = [held_out.raw_texts[i] for i in mine]
+        responses = [found[0].text for found in candidates]
+        references = [held_out.references[i] for i in mine]
+        verdicts, _ = self._actors.compare(prompts, responses, references, references)
+        means = _oracle_means(verdicts)
+        means["response_tokens"], means["truncated"] = Mean(), Mean()
+        for found in candidates:
+            means["response_tokens"].add(len(found[0].tokens))
+            means["truncated"].add(float(not found[0].is_finished))
+        rows = [
+            {"prompt": prompt, "response": response, "reference": reference, **_verdict(verdicts, i)}
+            for i, (prompt, response, reference) in enumerate(zip(prompts, responses, references, strict=True))
+        ]
+        if self._gold is not None:
+            for name, texts in (("gold_score", responses), ("reference_gold_score", references)):
+                means[name] = Mean()
+                for row, prompt, text in zip(rows, prompts, texts, strict=True):
+                    row[name] = self._gold(prompt, text)
+                    means[name].add(row[name])
+        return means, rows
+
+
+def _oracle_means(verdicts: Verdicts) -> dict[str, Mean]:
+    means = {name: Mean() for name in ("win_rate", "win_probability", "reward", "reference_reward")}
+    wins = verdicts.first_win[verdicts.is_valid].tolist()
+    means["win_probability"].extend(wins)
+    means["win_rate"].extend(0.5 if win == 0.5 else float(win > 0.5) for win in wins)
+    for name, scores in (("reward", verdicts.first_scores), ("reference_reward", verdicts.second_scores)):
+        if scores is not None:
+            means[name].extend(scores[verdicts.is_valid].tolist())
+    return means
+
+
+def _verdict(verdicts: Verdicts, i: int) -> dict[str, Any]:
+    if not verdicts.is_valid[i]:
+        return {"is_valid": False}
+    row: dict[str, Any] = {"is_valid": True, "win_probability": float(verdicts.first_win[i])}
+    for name, scores in (("reward", verdicts.first_scores), ("reference_reward", verdicts.second_scores)):
+        if scores is not None:
+            row[name] = float(scores[i])
+    return row

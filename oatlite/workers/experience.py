@@ -1,0 +1,188 @@
+"""The sampling half of a step: prompts in, judged pairs out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from oatlite.algorithms.base import Algorithm, Candidate, CandidateSet
+from oatlite.config.schema import Config, SamplingConfig
+from oatlite.data import PromptSet, epoch_order
+from oatlite.messages import UInt64
+from oatlite.metrics.records import Mean
+from oatlite.models import TokenPair
+from oatlite.oracles.base import Verdicts, draw_verdicts, trainable_pairs
+from oatlite.workers.contracts import Actors, Share, Shows
+from oatlite.workers.gold import GoldScore
+from oatlite.workers.rollout import SamplingOptions
+from oatlite.workers.update import TrainingPair
+
+TRAIN_SEEDS, EVAL_SEEDS, SELECT_DRAWS, VERDICT_DRAWS = range(4)
+
+
+@dataclass(slots=True, kw_only=True)
+class Rollouts:
+    """One rank's part of a step: the pairs to train on, and what is known about the samples. Times in seconds."""
+
+    policy_version: int
+    epoch: int
+    pairs: list[TrainingPair]
+    rows: list[dict[str, Any]]
+    means: dict[str, Mean]
+    num_tokens: int
+    generate_s: float
+    score_s: float
+
+
+class Experience:
+    """Collects a rank's rollouts: sample candidates, let the algorithm choose pairs, ask the oracle."""
+
+    def __init__(
+        self,
+        config: Config,
+        share: Share,
+        prompts: PromptSet,
+        algorithm: Algorithm,
+        actors: Actors,
+        shows: Shows,
+        gold: GoldScore | None,
+    ) -> None:
+        self._config = config
+        self._share = share
+        self._prompts = prompts
+        self._algorithm = algorithm
+        self._actors = actors
+        self._shows = shows
+        self._gold = gold
+
+    def collect(self, step: int) -> Rollouts:
+        """The rollouts of ``step`` (from 1) with the policy that the actors hold."""
+        indices, epoch = self._prompts_of(step)
+        samplers = list(self._algorithm.sampling_plan())
+        seeds = sample_seeds(
+            self._config.run.seed, TRAIN_SEEDS, epoch, self._prompts.rows[indices].tolist(), len(samplers)
+        )
+        with self._shows.doing("generate", f"step {step}"):
+            found, generate_s = self._actors.generate(
+                [self._prompts.tokens[i] for i in indices], seeds, samplers, sampling_options(self._config.sampling)
+            )
+        sets = [
+            CandidateSet(prompt=self._prompts.raw_texts[i], prompt_tokens=self._prompts.tokens[i], candidates=candidates)
+            for i, candidates in zip(indices, found, strict=True)
+        ]
+        duels = self._algorithm.select(sets, {}, self._draws(SELECT_DRAWS, step))
+        contests = [sets[duel.prompt] for duel in duels]
+        first = [contest.candidates[duel.first] for contest, duel in zip(contests, duels, strict=True)]
+        second = [contest.candidates[duel.second] for contest, duel in zip(contests, duels, strict=True)]
+        references = self._prompts.references
+        with self._shows.doing("score", f"step {step}"):
+            verdicts, score_s = self._actors.compare(
+                [contest.prompt for contest in contests],
+                [candidate.text for candidate in first],
+                [candidate.text for candidate in second],
+                [references[indices[duel.prompt]] for duel in duels] if references is not None else None,
+            )
+        rollouts = Rollouts(
+            policy_version=self._actors.policy_version,
+            epoch=epoch,
+            pairs=[],
+            rows=[],
+            means=_sample_means(first, second, verdicts),
+            num_tokens=sum(len(candidate.tokens) for candidates in found for candidate in candidates),
+            generate_s=generate_s,
+            score_s=score_s,
+        )
+        self._add_pairs(rollouts, step, contests, first, second, verdicts)
+        return rollouts
+
+    def _add_pairs(
+        self,
+        rollouts: Rollouts,
+        step: int,
+        contests: Sequence[CandidateSet],
+        first: Sequence[Candidate],
+        second: Sequence[Candidate],
+        verdicts: Verdicts,
+    ) -> None:
+        feedback = self._config.oracle.feedback
+        first_wins = draw_verdicts(verdicts.first_win, verdicts.is_valid, feedback, self._draws(VERDICT_DRAWS, step))
+        trainable = trainable_pairs(verdicts, [c.text for c in first], [c.text for c in second], feedback)
+        for b, contest in enumerate(contests):
+            chosen, rejected = (first[b], second[b]) if first_wins[b] else (second[b], first[b])
+            rollouts.pairs.append(
+                TrainingPair(
+                    tokens=TokenPair(
+                        prompt=contest.prompt_tokens, chosen=chosen.tokens, rejected=rejected.tokens
+                    ),
+                    sampler_logprobs=np.concatenate([chosen.logprobs, rejected.logprobs]),
+                    is_trainable=bool(trainable[b]),
+                )
+            )
+            win = float(verdicts.first_win[b])
+            row = {
+                "step": step,
+                "prompt": contest.prompt,
+                "chosen": chosen.text,
+                "rejected": rejected.text,
+                "win_probability": win if first_wins[b] else 1 - win,
+                "is_trainable": bool(trainable[b]),
+                "samplers": [chosen.sampler, rejected.sampler],
+                "is_finished": [chosen.is_finished, rejected.is_finished],
+            }
+            if self._gold is not None:
+                row["gold_scores"] = [self._gold(contest.prompt, text) for text in (chosen.text, rejected.text)]
+                rollouts.means["gold_score"].extend(row["gold_scores"])
+            rollouts.rows.append(row)
+
+    def _prompts_of(self, step: int) -> tuple[list[int], int]:
+        """This rank's prompts of ``step``, as indices, and the epoch that it is in."""
+        per_step = self._config.rollout.prompts_per_step
+        epoch, position = divmod(step - 1, len(self._prompts) // per_step)
+        order = epoch_order(len(self._prompts), epoch, self._config.run.seed)
+        of_step = order[position * per_step : (position + 1) * per_step]
+        if self._config.data.max_queries is not None:
+            of_step = of_step[: max(0, self._config.data.max_queries - (step - 1) * per_step)]
+        return self._share.of(of_step.tolist()), epoch
+
+    def _draws(self, purpose: int, step: int) -> np.random.Generator:
+        return np.random.default_rng([self._config.run.seed, purpose, step, self._share.rank])
+
+
+def sampling_options(config: SamplingConfig, *, is_greedy: bool = False) -> SamplingOptions:
+    return SamplingOptions(
+        temperature=0.0 if is_greedy else config.temperature,
+        top_p=1.0 if is_greedy else config.top_p,
+        top_k=0 if is_greedy else config.top_k,
+        max_new_tokens=config.max_new_tokens,
+    )
+
+
+def sample_seeds(run_seed: int, purpose: int, epoch: int, rows: Sequence[int], num_samples: int) -> UInt64:
+    """One seed per sample (M, N): a hash of the run's seed, the epoch, the prompt's row and the sample's index.
+
+    So a sample does not depend on how many actors there are, on a restart, or on what was drawn before.
+    """
+    seeds = [
+        _hash(run_seed, purpose, epoch, row, sample) for row in rows for sample in range(num_samples)
+    ]
+    return np.array(seeds, np.uint64).reshape(len(rows), num_samples)
+
+
+def _hash(*parts: int) -> int:
+    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _sample_means(first: Sequence[Candidate], second: Sequence[Candidate], verdicts: Verdicts) -> dict[str, Mean]:
+    means = {name: Mean() for name in ("reward", "response_tokens", "truncated", "gold_score")}
+    for candidate in (*first, *second):
+        means["response_tokens"].add(len(candidate.tokens))
+        means["truncated"].add(float(not candidate.is_finished))
+    for scores in (verdicts.first_scores, verdicts.second_scores):
+        if scores is not None:
+            means["reward"].extend(scores[verdicts.is_valid].tolist())
+    return means

@@ -1,0 +1,140 @@
+"""The learner's loop: collect, learn, push, and judge now and then. It is written here once, for all algorithms."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from oatlite.config.schema import Config
+from oatlite.metrics.records import Mean
+from oatlite.workers.contracts import Actors, Keeps, Policies, Ranks, Shows, Updates
+from oatlite.workers.evaluation import Judge
+from oatlite.workers.experience import Experience, Rollouts
+from oatlite.workers.update import UpdateStats
+
+
+class Learner:
+    """One rank of the learner. All ranks go through the same steps; ``journal`` is None on all but rank 0."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        num_steps: int,
+        experience: Experience,
+        judge: Judge,
+        actors: Actors,
+        updater: Updates,
+        ranks: Ranks,
+        policies: Policies,
+        journal: Keeps | None,
+        shows: Shows,
+        measure: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._config = config
+        self._num_steps = num_steps
+        self._experience = experience
+        self._judge = judge
+        self._actors = actors
+        self._updater = updater
+        self._ranks = ranks
+        self._policies = policies
+        self._journal = journal
+        self._shows = shows
+        self._measure = measure
+        self._num_queries = 0
+
+    def run(self) -> None:
+        """All steps, with an evaluation before the first, after the last, and every so often between."""
+        config = self._config
+        assert config.learner.batch_size is not None
+        gradient_steps = config.rollout.prompts_per_step // config.learner.batch_size
+        self.evaluate(0)
+        for step in range(1, self._num_steps + 1):
+            clock = _Clock()
+            rollouts = self._experience.collect(step)
+            clock.lap("collect_s")
+            with self._shows.doing("learn", f"step {step}"):
+                stats = self._updater.learn(rollouts.pairs, gradient_steps)
+            clock.lap("learn_s")
+            if step % config.rollout.sync_every == 0:
+                with self._shows.doing("sync", f"version {step}"):
+                    self._actors.sync(step, self._policies.adopt())
+            clock.lap("sync_s")
+            self._report(step, rollouts, stats, clock)
+            if step % config.eval.every == 0 or step == self._num_steps:
+                self.evaluate(step)
+
+    def evaluate(self, step: int) -> None:
+        """Judge the newest policy. Where the actors hold an older one, push the newest and restore theirs after."""
+        if not self._judge.num_prompts:
+            return
+        clock = _Clock()
+        behaviour_version = self._actors.policy_version
+        with self._shows.doing("evaluate", f"step {step}"):
+            if behaviour_version != step:
+                self._actors.sync(step, self._policies.newest)
+            means, rows = self._judge.judge()
+            if behaviour_version != step:
+                self._actors.sync(behaviour_version, self._policies.behaviour)
+        means, all_rows = self._add_up(means), self._gather(rows)
+        clock.lap("eval_s")
+        if self._journal is not None:
+            self._journal.evaluation(step, all_rows)
+            self._journal.record("eval", step=step, prompts=self._judge.num_prompts, perf=clock.laps, **means)
+
+    def _report(self, step: int, rollouts: Rollouts, stats: UpdateStats, clock: _Clock) -> None:
+        """Add the ranks' numbers up and write the record of the step."""
+        means = self._add_up(rollouts.means | stats.means())
+        num_trained = sum(pair.is_trainable for pair in rollouts.pairs)
+        pairs, trained, tokens = map(
+            int, self._ranks.add_up([len(rollouts.pairs), num_trained, rollouts.num_tokens])
+        )
+        self._num_queries += pairs
+        rows = self._gather(rollouts.rows)
+        if self._journal is None:
+            return
+        self._journal.samples(rows)
+        perf = clock.laps | {"generate_s": rollouts.generate_s, "score_s": rollouts.score_s}
+        perf |= {"reload_s": self._actors.reload_s, "tokens_per_s": tokens / max(rollouts.generate_s, 1e-9)}
+        self._journal.record(
+            "step",
+            step=step,
+            policy_version=rollouts.policy_version,
+            queries=self._num_queries,
+            epoch=rollouts.epoch,
+            lr=stats.lr,
+            mismatch_max=stats.mismatch_max,
+            staleness=step - 1 - rollouts.policy_version,
+            trained_pairs=trained,
+            unusable_pairs=pairs - trained,
+            perf=perf | self._measure() | {"step_s": clock.total()},
+            **means,
+        )
+
+    def _add_up(self, means: dict[str, Mean]) -> dict[str, Mean]:
+        flat = self._ranks.add_up([value for mean in means.values() for value in (mean.sum, mean.count)])
+        return {name: Mean(flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(means)}
+
+    def _gather(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of all ranks, on rank 0."""
+        parts = self._ranks.gather_bytes(json.dumps(rows).encode())
+        return [row for part in parts for row in json.loads(part)] if self._journal is not None else []
+
+
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        return time.perf_counter() - self._start

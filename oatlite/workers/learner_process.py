@@ -1,0 +1,196 @@
+"""How a learner rank is put together, and how it leaves its last policy behind."""
+
+from __future__ import annotations
+
+import logging
+import resource
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from oatlite.algorithms import Algorithm, build_algorithm
+from oatlite.config.schema import Config
+from oatlite.data import load_prompts, load_tokenizer
+from oatlite.loading import load_callable
+from oatlite.metrics.sinks import Sink, WandbSink
+from oatlite.models import PairModel, choose_layout, load_policy, save_policy
+from oatlite.output_folder import complete_or_absent
+from oatlite.trainer import OptimizerOptions, Ranks, Trainer, join_ranks
+from oatlite.transport import Hub, address
+from oatlite.weights import DTYPES, WeightExporter, create_buffer, plan_layout
+from oatlite.workers.contracts import Share
+from oatlite.workers.evaluation import Judge
+from oatlite.workers.experience import Experience
+from oatlite.workers.gold import GoldScore, checked_gold
+from oatlite.workers.journal import Journal
+from oatlite.workers.learner import Learner
+from oatlite.workers.lifeline import Lifeline
+from oatlite.workers.policies import PolicyWeights
+from oatlite.workers.rollout import ActorPool, Deadlines
+from oatlite.workers.spec import WorkerSpec, rollout_socket
+from oatlite.workers.update import Updater
+
+log = logging.getLogger(__name__)
+
+
+def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
+    """Load, meet the other ranks and the actors, run the loop, write the final policy."""
+    config = spec.config
+    torch.set_num_threads(spec.threads)
+    device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
+    ranks = _ranks(spec, device)
+    lifeline.stage("starting", "model")
+    algorithm = build_algorithm(config.algorithm)
+    policy = PairModel(_load(config, config.model.path))
+    tokenizer = load_tokenizer(str(config.model.path), config.model.trust_remote_code)
+    layout = choose_layout(policy.to(device), len(tokenizer), int(tokenizer.pad_token_id), device)
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in policy.model.named_parameters()]
+    dtype = DTYPES[config.model.dtype]
+    lifeline.stage("starting", "ranks")
+    join_ranks(ranks)
+    pool = _connect(spec, shapes, dtype, device, vocab_size=policy.model.get_input_embeddings().num_embeddings)
+    trainer = Trainer(policy, _optimizer_options(spec), ranks)
+    policies = PolicyWeights(
+        trainer,
+        [name for name, _ in shapes],
+        dtype,
+        keeps_behaviour=config.rollout.sync_every > 1 or config.learner.zero_stage == 3,
+    )
+    updater = Updater(
+        trainer,
+        algorithm,
+        _reference(config, algorithm, device),
+        layout=layout,
+        pad_token_id=int(tokenizer.pad_token_id),
+        device=device,
+        pairs_per_step=_pairs_per_step(config),
+        micro_batch_size=config.learner.micro_batch_size,
+        passes=config.learner.passes,
+    )
+    prompts, held_out = load_prompts(
+        config.data, config.eval.prompts, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
+    )
+    share = Share(rank=spec.index, count=ranks.count)
+    gold = _gold(config)
+    journal = Journal(spec.run_dir, lifeline, _more_sinks(spec)) if spec.index == 0 else None
+    lifeline.stage("starting", "waiting for actors")
+    pool.wait_until_ready()
+    pool.sync(0, policies.behaviour)
+    lifeline.stage("idle")
+    Learner(
+        config=config,
+        num_steps=spec.num_steps,
+        experience=Experience(config, share, prompts, algorithm, pool, lifeline, gold),
+        judge=Judge(config, share, held_out, pool, gold),
+        actors=pool,
+        updater=updater,
+        ranks=trainer,
+        policies=policies,
+        journal=journal,
+        shows=lifeline,
+        measure=lambda: _measure(spec),
+    ).run()
+    pool.stop()
+    with lifeline.doing("saving", "model"):
+        weights = policies.copy_to_host(dtype)
+        if journal is not None:
+            with complete_or_absent(spec.run_dir / "model") as folder:
+                save_policy(policy.model, weights, str(config.model.path), folder)
+            journal.close()
+    pool.close()
+    trainer.close()
+
+
+def _ranks(spec: WorkerSpec, device: torch.device) -> Ranks:
+    return Ranks(
+        rank=spec.index,
+        count=int(spec.config.placement.learners or 1),
+        rendezvous=spec.private_dir / "ranks",
+        device=device,
+        timeout_s=spec.config.timeouts.learn_s,
+    )
+
+
+def _load(config: Config, path: str | None) -> torch.nn.Module:
+    assert path is not None
+    return load_policy(path, DTYPES[config.model.dtype], trust_remote_code=config.model.trust_remote_code)
+
+
+def _reference(config: Config, algorithm: Algorithm, device: torch.device) -> PairModel | None:
+    if not (algorithm.needs.reference or config.learner.log_kl):
+        return None
+    reference = PairModel(_load(config, config.model.reference)).to(device)
+    return reference.eval().requires_grad_(False)
+
+
+def _connect(
+    spec: WorkerSpec,
+    shapes: Sequence[tuple[str, tuple[int, ...]]],
+    dtype: torch.dtype,
+    device: torch.device,
+    vocab_size: int,
+) -> ActorPool:
+    config = spec.config
+    layout = plan_layout(shapes, dtype, config.sync.bucket_mib << 20)
+    buffer = create_buffer(config.sync.transport, layout.buffer_bytes, spec.run_id, device)
+    timeouts = config.timeouts
+    return ActorPool(
+        Hub(address(spec.private_dir, rollout_socket(spec.index)), spec.run_id),
+        spec.actors_of(spec.index),
+        spec.run_id,
+        Deadlines(
+            start_s=timeouts.start_s,
+            generate_s=timeouts.generate_s,
+            oracle_s=timeouts.oracle_s,
+            sync_s=timeouts.sync_s,
+        ),
+        WeightExporter(layout, buffer),
+        vocab_size,
+    )
+
+
+def _pairs_per_step(config: Config) -> int:
+    return int(config.learner.batch_size or 0) // int(config.placement.learners or 1)
+
+
+def _optimizer_options(spec: WorkerSpec) -> OptimizerOptions:
+    config = spec.config
+    learner = config.learner
+    gradient_steps = config.rollout.prompts_per_step // int(learner.batch_size or 1) * learner.passes
+    return OptimizerOptions(
+        lr=learner.lr,
+        schedule=learner.schedule,
+        warmup_ratio=learner.warmup_ratio,
+        num_steps=spec.num_steps * gradient_steps,
+        micro_steps=_pairs_per_step(config) // learner.micro_batch_size,
+        micro_batch_size=learner.micro_batch_size,
+        weight_decay=learner.weight_decay,
+        betas=learner.adam_betas,
+        eps=learner.adam_eps,
+        max_grad_norm=learner.max_grad_norm,
+        zero_stage=int(learner.zero_stage or 0),
+        dtype=config.model.dtype,
+    )
+
+
+def _gold(config: Config) -> GoldScore | None:
+    name = config.eval.gold_score
+    return checked_gold(name, load_callable(name)) if name else None
+
+
+def _more_sinks(spec: WorkerSpec) -> list[Sink]:
+    if not spec.config.run.wandb:
+        return []
+    run = spec.config.run
+    return [WandbSink(run.wandb_project, spec.run_dir.name, spec.run_dir, spec.config.model_dump(mode="json"))]
+
+
+def _measure(spec: WorkerSpec) -> dict[str, Any]:
+    measured: dict[str, Any] = {
+        "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "threads": spec.threads,
+    }
+    if spec.device == "cuda":
+        measured["gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return measured

@@ -1,0 +1,55 @@
+"""The two sets of weights that a rank may have to push: the newest ones, and those that its actors sample with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from oatlite.trainer import Trainer
+from oatlite.workers.rollout import ParameterSource
+
+MODULE_PREFIX = "model."  # PairModel holds the policy under this name
+
+
+class PolicyWeights:
+    """``keeps_behaviour`` makes a copy in host memory at each adoption.
+
+    It is needed where the behaviour lags behind the newest weights (``sync_every`` above 1), and under ZeRO-3, where
+    weights for one restarted actor could otherwise be gathered only if all ranks took part.
+    """
+
+    def __init__(self, trainer: Trainer, names: Sequence[str], dtype: torch.dtype, *, keeps_behaviour: bool) -> None:
+        self._trainer = trainer
+        self._names = list(names)
+        self._dtype = dtype
+        self._keeps_behaviour = keeps_behaviour
+        self.newest: ParameterSource = self._open_newest
+        self.behaviour: ParameterSource = self._open_newest
+        self.adopt()
+
+    @contextmanager
+    def _open_newest(self, names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
+        with self._trainer.whole_parameters([MODULE_PREFIX + name for name in names]) as parameter:
+            yield lambda name: parameter(MODULE_PREFIX + name)
+
+    def adopt(self) -> ParameterSource:
+        """Make the newest weights the behaviour, and return it. All ranks together under ZeRO-3."""
+        if self._keeps_behaviour:
+            copy = self.copy_to_host(self._dtype)
+
+            @contextmanager
+            def open_copy(names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
+                yield copy.__getitem__
+
+            self.behaviour = open_copy
+        return self.behaviour
+
+    def copy_to_host(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The newest weights by name, in CPU memory."""
+        copy = {}
+        for name in self._names:
+            with self._open_newest([name]) as parameter:
+                copy[name] = parameter(name).detach().to("cpu", dtype, copy=True)
+        return copy

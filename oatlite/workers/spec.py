@@ -1,0 +1,60 @@
+"""What the supervisor tells a worker process: one JSON file in the run's private folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from oatlite.config.schema import Config
+
+CONTROL_SOCKET = "control"
+
+
+class WorkerSpec(BaseModel):
+    """``num_steps`` is what the preflight found; ``device`` is ``cpu`` or ``cuda``, of which the worker sees one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str
+    kind: Literal["learner", "actor"]
+    index: int
+    run_dir: Path
+    private_dir: Path
+    device: Literal["cpu", "cuda"]
+    threads: int
+    max_model_len: int
+    num_steps: int
+    config: Config
+
+    @property
+    def role(self) -> str:
+        return role_name(self.kind, self.index)
+
+    def learner_of(self, actor: int) -> int:
+        """Actor i serves rank i mod ranks."""
+        return actor % int(self.config.placement.learners or 1)
+
+    def actors_of(self, rank: int) -> list[str]:
+        return [
+            role_name("actor", i)
+            for i in range(int(self.config.placement.actors or 1))
+            if self.learner_of(i) == rank
+        ]
+
+    def write(self) -> Path:
+        path = self.private_dir / f"{self.kind}-{self.index}.json"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(self.model_dump_json())
+        return path
+
+
+def role_name(kind: str, index: int) -> str:
+    return f"{kind}-{index}"
+
+
+def rollout_socket(rank: int) -> str:
+    return f"rollout-{rank}"

@@ -1,0 +1,176 @@
+"""Preflight: the plan of a run that can work, and one line for each that cannot."""
+
+import json
+import shutil
+
+import pytest
+from small_folders import VOCAB_SIZE, byte_tokenizer, save_model
+from transformers import BertConfig
+
+from oatlite.config.schema import Config
+from oatlite.errors import ConfigError
+from oatlite.loading import load_callable
+from oatlite.preflight import check
+
+
+def rows_file(path, count=50):
+    lines = [json.dumps({"prompt": f"say number {i:02d}", "reference": f" {i}"}) for i in range(count)]
+    path.write_text("\n".join([*lines, json.dumps({"prompt": "x" * 100, "reference": " long"})]))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_model(folder / "policy")
+    save_model(folder / "reward", "neox", reward=True)
+    rows_file(folder / "rows.jsonl")
+    return folder
+
+
+@pytest.fixture
+def options(folders):
+    return {
+        "model": {"path": str(folders / "policy")},
+        "oracle": {"path": str(folders / "reward")},
+        "data": {"prompts": str(folders / "rows.jsonl"), "max_prompt_tokens": 64, "epochs": 3},
+        "rollout": {"prompts_per_step": 8},
+        "eval": {"prompts": 10},
+        "sampling": {"max_new_tokens": 20},
+    }
+
+
+def changed(options, **sections):
+    return Config(**(options | {name: options.get(name, {}) | values for name, values in sections.items()}))
+
+
+def refused(config, *words):
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+def test_the_plan(options):
+    plan = check(Config(**options))
+    assert (plan.num_prompts, plan.num_heldout, plan.num_dropped) == (40, 10, 1)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.num_queries) == (5, 15, 120)
+    assert plan.longest_prompt == len("say number 00")
+
+
+@pytest.mark.parametrize(
+    ("max_queries", "max_prompts", "total_steps", "num_queries"),
+    [(None, 20, 6, 48), (17, None, 3, 17), (16, None, 2, 16), (1000, None, 15, 120), (1, None, 1, 1)],
+)
+def test_queries_and_prompts_bound_the_steps(options, max_queries, max_prompts, total_steps, num_queries):
+    plan = check(changed(options, data={"max_queries": max_queries, "max_prompts": max_prompts}))
+    assert (plan.total_steps, plan.num_queries) == (total_steps, num_queries)
+
+
+def test_a_run_without_evaluation_needs_no_references(options):
+    plan = check(changed(options, eval={"prompts": 0}, data={"reference_key": None}))
+    assert (plan.num_prompts, plan.num_heldout) == (50, 0)
+    refused(changed(options, data={"reference_key": None}), "data.reference_key", "eval.prompts = 0")
+    refused(changed(options, data={"reference_key": "gold"}), "no column gold", "prompt, reference")
+
+
+def test_missing_things_are_named(options, tmp_path):
+    refused(changed(options, model={"path": str(tmp_path / "none")}), "the policy", "does not exist")
+    (tmp_path / "empty").mkdir()
+    refused(changed(options, model={"path": str(tmp_path / "empty")}), "no usable configuration in the folder")
+    refused(changed(options, model={"path": None}), "model.path")
+    refused(changed(options, oracle={"path": None}), "oracle.path")
+    refused(changed(options, data={"prompts": None}), "data.prompts")
+    refused(changed(options, data={"prompt_key": "query"}), "no column query", "prompt, reference")
+    refused(changed(options, data={"split": "test"}), "no split test")
+
+
+def test_the_policy_must_be_a_language_model_with_weights_and_tokenizer(options, folders, tmp_path):
+    refused(changed(options, model={"path": str(folders / "reward")}), "GPTNeoXForSequenceClassification", "decoder")
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path / "bert")
+    refused(changed(options, model={"path": str(tmp_path / "bert")}), "BertForMaskedLM", "decoder")
+    shutil.copytree(folders / "policy", tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors"))
+    refused(changed(options, model={"path": str(tmp_path / "light")}), "no weights")
+    shutil.copytree(folders / "policy", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    refused(changed(options, model={"path": str(tmp_path / "mute")}), "tokenizer")
+    small = save_model(tmp_path / "small", vocab_size=VOCAB_SIZE - 1)
+    refused(changed(options, model={"path": small}), f"{VOCAB_SIZE} tokens, and the model {VOCAB_SIZE - 1}")
+
+
+def test_a_reference_must_share_the_vocabulary(options, tmp_path):
+    assert check(changed(options, model={"reference": save_model(tmp_path / "same", "neox", seed=1)}))
+    wider = save_model(tmp_path / "wider", vocab_size=VOCAB_SIZE + 1)
+    refused(changed(options, model={"reference": wider}), "another vocabulary", f"{VOCAB_SIZE + 1} and {VOCAB_SIZE}")
+    other = byte_tokenizer()
+    other.add_tokens(["say"])
+    room = {"vocab_size": VOCAB_SIZE + 1}
+    policy, reference = save_model(tmp_path / "a", **room), save_model(tmp_path / "b", tokenizer=other, **room)
+    refused(changed(options, model={"path": policy, "reference": reference}), "another vocabulary")
+    refused(changed(options, model={"reference": "./none"}), "the reference ./none does not exist")
+
+
+def test_prompt_and_response_must_fit_in_the_positions(options, tmp_path):
+    longest = len("say number 00")
+    fits = changed(options, sampling={"max_new_tokens": 128 - longest})
+    assert check(fits).longest_prompt == longest
+    too_long = changed(options, sampling={"max_new_tokens": 128 - longest + 1})
+    refused(too_long, "128 positions", f"data.max_prompt_tokens to {longest - 1} or less")
+    refused(changed(options, sampling={"max_new_tokens": 128}), "sampling.max_new_tokens below 128")
+    refused(changed(options, data={"max_prompt_tokens": 100}, sampling={"max_new_tokens": 40}), "tokens to 88 or less")
+    short = save_model(tmp_path / "short", max_position_embeddings=30)
+    refused(changed(options, model={"reference": short}), "30 positions", "to 10 or less")
+
+
+def test_a_step_needs_its_prompts(options):
+    assert check(changed(options, rollout={"prompts_per_step": 40})).total_steps == 3
+    refused(changed(options, rollout={"prompts_per_step": 41}), "40 prompts to train on, 10 being held out", "to 40 or")
+
+
+def test_the_oracle_must_be_a_reward_model(options, folders):
+    refused(changed(options, oracle={"path": str(folders / "policy")}), "LlamaForCausalLM", "no classification head")
+    refused(changed(options, oracle={"chat_template": True}), "no chat template", "oracle.chat_template = false")
+
+
+def test_the_gold_score_must_be_callable(options, tmp_path):
+    file = tmp_path / "gold.py"
+    file.write_text("def score(prompt, response):\n    return 1.0\ndef narrow(prompt): ...\nnumber = 3\n")
+    assert check(changed(options, eval={"gold_score": f"{file}:score"}))
+    refused(changed(options, eval={"gold_score": f"{file}:other"}), "has no other", "score, narrow")
+    refused(changed(options, eval={"gold_score": f"{file}:number"}), "int")
+    refused(changed(options, eval={"gold_score": f"{file}:narrow"}), "(prompt, response)")
+    refused(changed(options, eval={"gold_score": f"{tmp_path}/none.py:score"}), "none.py does not exist")
+
+
+def test_load_callable_from_files_and_modules(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Mine:\n    size: int\n"
+    )
+    assert load_callable(f"{file}:Mine")(3).size == 3
+    assert load_callable(f"{file}:Mine") is load_callable(f"{file}:Mine")
+    assert load_callable("json:dumps") is json.dumps
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("json", None, "names nothing to import"),
+        ("json:", None, "names nothing to import"),
+        ("no_such_package.part:name", None, "no module no_such_package.part"),
+        ("a.py:f", "def f(:\n", "SyntaxError"),
+        ("a.py:f", "import no_such_package\n", "No module named 'no_such_package'"),
+        ("a.py:f", "raise SystemExit('bye')\n", "SystemExit: bye"),
+        ("a.py:f", "1 / 0\n", "ZeroDivisionError"),
+    ],
+)
+def test_a_callable_that_cannot_be_loaded_is_one_line(tmp_path, monkeypatch, name, text, words):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "a.py").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_callable(name)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
