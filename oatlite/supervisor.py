@@ -290,6 +290,8 @@ def _environment(place: Place) -> dict[str, str]:
     environment = dict(os.environ)
     threads = str(len(place.cores))
     environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    # Threads that spin while they wait take the cores from the process whose turn it is, and from other people.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment["CUDA_VISIBLE_DEVICES"] = "" if place.gpu is None else _visible_gpu(place.gpu)
     environment["PYTHONUNBUFFERED"] = "1"
     return environment
