@@ -20,6 +20,9 @@ import numpy.typing as npt
 MAX_FRAME_BYTES = 1 << 30
 MAX_HEADER_BYTES = 256 << 20
 MAX_FRAMES = 16
+MAX_ITEMS = 1 << 20
+MAX_FIELDS = 64
+MAX_DIMS = 16
 
 Int32 = npt.NDArray[np.int32]
 UInt64 = npt.NDArray[np.uint64]
@@ -37,8 +40,14 @@ class _Text:
     max_bytes: int
 
     def check(self, value: Any) -> None:
-        if not isinstance(value, str) or len(value) * 4 > self.max_bytes and len(value.encode()) > self.max_bytes:
-            raise MalformedMessage(f"expected text of at most {self.max_bytes} bytes")
+        if not isinstance(value, str):
+            raise MalformedMessage("expected text")
+        try:
+            num_bytes = len(value.encode())
+        except UnicodeEncodeError:
+            raise MalformedMessage("expected text without lone surrogates") from None
+        if num_bytes > self.max_bytes:
+            raise MalformedMessage(f"expected text of at most {self.max_bytes} bytes, got {num_bytes}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +112,7 @@ def text(max_bytes: int = 256) -> Any:
     return _spec(_Text(max_bytes))
 
 
-def texts(max_items: int = 1 << 20, max_bytes: int = 1 << 20) -> Any:
+def texts(max_items: int = MAX_ITEMS, max_bytes: int = 1 << 20) -> Any:
     return _spec(_Texts(max_items, _Text(max_bytes)))
 
 
@@ -257,9 +266,11 @@ class WeightManifest(Message):
         _require(n > 0 and len(set(self.names)) == n, "tensor names are missing or repeated")
         sizes = {len(self.dtypes), self.ndims.size, self.buckets.size, self.offsets.size}
         _require(sizes == {n}, "tensors do not agree")
-        _require(bool((self.ndims >= 0).all()) and int(self.ndims.sum()) == self.shapes.size, "shapes do not add up")
+        _require(bool(((self.ndims >= 0) & (self.ndims <= MAX_DIMS)).all()), "a tensor of too many dimensions")
+        _require(int(self.ndims.sum()) == self.shapes.size, "shapes do not add up")
         _require(bool((self.shapes >= 0).all()) and bool((self.offsets >= 0).all()), "a negative shape or offset")
-        _require(bool((np.diff(self.buckets) >= 0).all()) and int(self.buckets[0]) == 0, "buckets are out of order")
+        steps = np.diff(self.buckets)
+        _require(int(self.buckets[0]) == 0 and bool(((steps == 0) | (steps == 1)).all()), "buckets are out of order")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -401,7 +412,8 @@ def decode(frames: Sequence[bytes | memoryview]) -> Message:
     if not 1 <= len(frames) <= MAX_FRAMES or len(frames[0]) > MAX_HEADER_BYTES:
         raise MalformedMessage("wrong number or size of frames")
     try:
-        header = msgpack.unpackb(frames[0], raw=False, strict_map_key=True, use_list=True)
+        # Nested lists that announce many items would each be allocated: without these limits a few KiB take gigabytes.
+        header = msgpack.unpackb(frames[0], raw=False, max_array_len=MAX_ITEMS, max_map_len=MAX_FIELDS, max_ext_len=0)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise MalformedMessage(f"header is not msgpack: {type(error).__name__}") from None
     if not (isinstance(header, list) and len(header) == 2 and isinstance(header[0], str) and isinstance(header[1], dict)):

@@ -48,6 +48,11 @@ class Placement:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def end(self) -> int:
+        """The first byte after it that another tensor may use."""
+        return _align(self.offset + self.num_bytes)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -66,7 +71,7 @@ class Layout:
     def span(self, index: int) -> tuple[int, int]:
         """First byte and end of what bucket ``index`` uses of the buffer."""
         members = self.bucket(index)
-        return members[0].offset, _align(members[-1].offset + members[-1].num_bytes)
+        return members[0].offset, members[-1].end
 
     def manifest(self, run_id: str) -> WeightManifest:
         names = {dtype: name for name, dtype in DTYPES.items()}
@@ -84,7 +89,7 @@ class Layout:
     @classmethod
     def from_manifest(cls, manifest: WeightManifest) -> Layout:
         """Raises MalformedMessage where a tensor would reach outside the buffer."""
-        placements = []
+        placements: list[Placement] = []
         ends = np.cumsum(manifest.ndims)
         for i, name in enumerate(manifest.names):
             if manifest.dtypes[i] not in DTYPES:
@@ -97,8 +102,10 @@ class Layout:
                 bucket=int(manifest.buckets[i]),
                 offset=int(manifest.offsets[i]),
             )
-            if placement.offset % ALIGNMENT_BYTES or _align(placement.offset + placement.num_bytes) > manifest.buffer_bytes:
+            if placement.offset % ALIGNMENT_BYTES or placement.end > manifest.buffer_bytes:
                 raise MalformedMessage(f"tensor {name} reaches outside the buffer")
+            if placements and placements[-1].bucket == placement.bucket and placement.offset < placements[-1].end:
+                raise MalformedMessage(f"tensor {name} lies on the one before it")
             placements.append(placement)
         return cls(placements=tuple(placements), buffer_bytes=manifest.buffer_bytes)
 
@@ -263,9 +270,14 @@ def open_buffer(handle: ShmHandle | CudaIpcHandle) -> torch.Tensor:
 
 
 def _open_shm(handle: ShmHandle) -> torch.Tensor:
-    if not re.fullmatch(re.escape(SHM_PREFIX) + r"[A-Za-z0-9-]+", handle.segment):
+    if not re.fullmatch(rf"{re.escape(SHM_PREFIX)}[A-Za-z0-9-]+-[0-9a-f]{{16}}", handle.segment):
         raise MalformedMessage("not the name of a segment of ours")
-    descriptor = os.open(SHM_FOLDER / handle.segment, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not handle.segment.startswith(f"{SHM_PREFIX}{handle.run_id}-"):
+        raise MalformedMessage("the segment of another run")
+    try:
+        descriptor = os.open(SHM_FOLDER / handle.segment, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise MalformedMessage(f"cannot open segment {handle.segment}: {error.strerror}") from None
     try:
         status = os.fstat(descriptor)
         if status.st_uid != os.getuid() or status.st_size != handle.num_bytes:

@@ -35,6 +35,9 @@ WANTS = (
     *("some distance", "a discount", "a promise", "an explanation", "a witness"),
 )
 
+import os
+NV=int(os.environ.get("NV","99"))
+PEOPLE, PROBLEMS, ITEMS, PLACES, WANTS = (x[:NV] for x in (PEOPLE, PROBLEMS, ITEMS, PLACES, WANTS))
 SLOTS: Mapping[str, tuple[str, ...]] = {
     "who": PEOPLE,
     "problem": PROBLEMS,

@@ -10,6 +10,7 @@ acknowledged b, and so on. A slot is refilled only after all acknowledgements of
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class ActorPool:
         self._vocab_size = vocab_size
         self._source: ParameterSource | None = None
         self._num_batches = 0
+        self._set_aside: deque[tuple[str, Message]] = deque()
         self.policy_version = 0
         self.reload_s = 0.0
 
@@ -94,7 +96,7 @@ class ActorPool:
         deadline = time.monotonic() + self._deadlines.start_s
         while waiting:
             peer, message = self._receive(deadline, waiting, "has not started")
-            if isinstance(message, Hello) and peer in waiting:
+            if isinstance(message, Hello) and peer in self._actors:
                 self._welcome(peer)
                 waiting.discard(peer)
             else:
@@ -171,7 +173,7 @@ class ActorPool:
         self._source = source
         self.policy_version = version
         checksums, returned = self._push(self._actors, version, source)
-        for peer in returned:
+        for peer in sorted(returned):
             self._welcome(peer)
         return checksums
 
@@ -183,17 +185,18 @@ class ActorPool:
         self._hub.close(flush_s=5.0)
         self._exporter.close()
 
-    def _push(self, peers: Sequence[str], version: int, source: ParameterSource) -> tuple[list[str], list[str]]:
+    def _push(self, peers: Sequence[str], version: int, source: ParameterSource) -> tuple[list[str], set[str]]:
         """Returns the checksums, and the actors that restarted meanwhile and hold nothing of this version."""
         layout = self._exporter.layout
-        targets, returned = list(peers), []
+        targets = list(peers)
+        returned: set[str] = set()
         checksums: list[str] = []
         self.reload_s = 0.0
         for bucket in range(layout.num_buckets):
             with source([placement.name for placement in layout.bucket(bucket)]) as parameter:
                 checksums.append(self._exporter.fill(bucket, parameter))
             if bucket:
-                returned += self._acknowledged(targets, version, bucket - 1, checksums[bucket - 1])
+                returned |= self._acknowledged(targets, version, bucket - 1, checksums[bucket - 1])
                 targets = [peer for peer in targets if peer not in returned]
             is_last = bucket == layout.num_buckets - 1
             ready = BucketReady(
@@ -201,18 +204,22 @@ class ActorPool:
             )
             for peer in targets:
                 self._send(peer, ready)
-        returned += self._acknowledged(targets, version, layout.num_buckets - 1, checksums[-1])
+        returned |= self._acknowledged(targets, version, layout.num_buckets - 1, checksums[-1])
         return checksums, returned
 
-    def _acknowledged(self, peers: Sequence[str], version: int, bucket: int, checksum: str) -> list[str]:
-        """Wait until every actor has let go of ``bucket``; returns those that restarted instead."""
-        waiting, returned = set(peers), []
+    def _acknowledged(self, peers: Sequence[str], version: int, bucket: int, checksum: str) -> set[str]:
+        """Wait until every one of ``peers`` has let go of ``bucket``; returns the actors that restarted meanwhile.
+
+        An answer that arrives here belongs to a request that another actor's restart has interrupted.
+        """
+        waiting = set(peers)
+        returned: set[str] = set()
         deadline = time.monotonic() + self._deadlines.sync_s
         reload_s = 0.0
         while waiting:
             peer, message = self._receive(deadline, waiting, f"has not loaded weights {version}")
-            if isinstance(message, Hello) and peer in waiting:
-                returned.append(peer)
+            if isinstance(message, Hello) and peer in self._actors:
+                returned.add(peer)
                 waiting.discard(peer)
             elif (
                 isinstance(message, BucketLoaded)
@@ -223,19 +230,26 @@ class ActorPool:
                     raise WorkerDied(f"{peer} read other bytes of weights {version} than were written")
                 reload_s = max(reload_s, message.load_s)
                 waiting.discard(peer)
+            elif isinstance(message, CandidateBatch | PreferenceBatch):
+                self._set_aside.append((peer, message))
             else:
                 self._drop(peer, message)
         self.reload_s += reload_s
         return returned
 
-    def _welcome(self, peer: str) -> None:
-        """Show a fresh actor where weights lie, and bring it to the version that the others hold."""
+    def _welcome(self, peer: str) -> set[str]:
+        """Show a fresh actor where weights lie, and bring it to the version that the others hold.
+
+        Returns all actors that were made ready: others may have restarted meanwhile.
+        """
+        ready = {peer}
         self._send(peer, self._exporter.layout.manifest(self._run_id))
         self._send(peer, self._exporter.handle(self._run_id))
         if self._source is not None:
             _, returned = self._push([peer], self.policy_version, self._source)
-            if returned:
-                self._welcome(peer)
+            for again in sorted(returned):
+                ready |= self._welcome(again)
+        return ready
 
     def _exchange(
         self,
@@ -251,11 +265,13 @@ class ActorPool:
         deadline = time.monotonic() + timeout_s
         while len(answers) < len(requests):
             waiting = set(requests) - set(answers)
-            peer, message = self._receive(deadline, waiting, f"has not answered a {_kind(requests)}")
+            if self._set_aside:
+                peer, message = self._set_aside.popleft()
+            else:
+                peer, message = self._receive(deadline, waiting, f"has not answered a {_kind(requests)}")
             if isinstance(message, Hello) and peer in self._actors:
-                self._welcome(peer)
-                if peer in waiting:
-                    self._send(peer, requests[peer])
+                for fresh in sorted(self._welcome(peer) & waiting):
+                    self._send(fresh, requests[fresh])
                 deadline = time.monotonic() + timeout_s
             elif isinstance(message, kind) and peer in waiting and fits(requests[peer], message):
                 answers[peer] = message
@@ -270,6 +286,7 @@ class ActorPool:
             and answer.policy_version == request.policy_version
             and answer.samplers == request.samplers
             and answer.response_lengths.size == request.seeds.size
+            and int(answer.response_lengths.max(initial=0)) <= request.max_new_tokens
             and (tokens.size == 0 or (int(tokens.min()) >= 0 and int(tokens.max()) < self._vocab_size))
         )
 
@@ -291,7 +308,8 @@ class ActorPool:
             self._drop(peer, message, why="undelivered")
 
     def _receive(self, deadline: float, waiting: set[str], what: str) -> tuple[str, Message]:
-        received = self._hub.receive(deadline - time.monotonic())
+        left_s = deadline - time.monotonic()
+        received = self._hub.receive(left_s) if left_s > 0 else None
         if received is None:
             raise DeadlineExceeded(f"{', '.join(sorted(waiting))} {what} in time", "raise timeouts.* with --set")
         return received

@@ -1,0 +1,275 @@
+"""In-memory stand-ins for actor, oracle and trainer, so that an algorithm is tested in seconds and without engines.
+
+They are small but not hollow: :class:`BigramPolicy` is a real language model with exact log-probabilities,
+:class:`InMemoryActors` samples from a copy of it that only a sync refreshes, and :class:`InMemoryTrainer` really
+descends. So a loss with a wrong sign, a selection that is never used or weights that never arrive show up as a reward
+that does not rise. :func:`rehearse` runs the loop of :mod:`oatlite.workers.learner` over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from oatlite.algorithms.base import Algorithm, Candidate
+from oatlite.config.schema import Config
+from oatlite.data import PromptSet
+from oatlite.messages import Int32, UInt64
+from oatlite.metrics.records import Kind, Record, make_record
+from oatlite.models import ForwardBatch
+from oatlite.oracles.base import PreferenceOracle, RewardOracle, Verdicts, checked
+from oatlite.trainer import StepResult
+from oatlite.workers.contracts import Share
+from oatlite.workers.evaluation import Judge
+from oatlite.workers.experience import Experience
+from oatlite.workers.learner import Learner
+from oatlite.workers.rollout import ParameterSource, SamplingOptions
+from oatlite.workers.update import Updater
+
+EOS = 0
+LETTERS = "$abcdefghijklmnopqrstuvwxyz"
+
+
+class BigramPolicy(nn.Module):
+    """P(next token | previous token) over the 27 tokens of ``LETTERS``; token 0 is EOS."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = nn.Parameter(0.1 * torch.randn(len(LETTERS), len(LETTERS), generator=generator))
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """As :class:`oatlite.models.PairModel`: log-probabilities (N,) of ``batch.targets``."""
+        previous = batch.input_ids[batch.predictor_rows, batch.predictor_columns]
+        return self.logits[previous].log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+
+
+class FunctionOracle(RewardOracle):
+    """Scores with ``score(prompt, response)``."""
+
+    def __init__(self, score: Callable[[str, str], float]) -> None:
+        self._score = score
+
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str] | None = None
+    ) -> npt.NDArray[np.float32]:
+        pairs = zip(prompts, responses, strict=True)
+        return np.array([self._score(prompt, response) for prompt, response in pairs], np.float32)
+
+
+class InMemoryActors:
+    """Samples from the weights of the last sync, and asks the oracle. ``calls`` notes what was done, in order."""
+
+    def __init__(self, oracle: PreferenceOracle, initial: BigramPolicy) -> None:
+        self._oracle = oracle
+        self._logits = initial.logits.detach().clone()
+        self.policy_version = 0
+        self.reload_s = 0.0
+        self.calls: list[str] = []
+
+    def generate(
+        self, prompts: Sequence[Int32], seeds: UInt64, samplers: Sequence[str], sampling: SamplingOptions
+    ) -> tuple[list[list[Candidate]], float]:
+        assert seeds.shape == (len(prompts), len(samplers))
+        self.calls.append(f"generate with {self.policy_version}")
+        return [
+            [self._sample(prompt, int(seed), sampler, sampling) for seed, sampler in zip(row, samplers, strict=True)]
+            for prompt, row in zip(prompts, seeds, strict=True)
+        ], 0.0
+
+    def _sample(self, prompt: Int32, seed: int, sampler: str, sampling: SamplingOptions) -> Candidate:
+        rng = np.random.default_rng(seed)
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        while len(tokens) < sampling.max_new_tokens and (not tokens or tokens[-1] != EOS):
+            logits = self._logits[tokens[-1] if tokens else int(prompt[-1])].double()
+            if sampling.temperature == 0:
+                token = int(logits.argmax())
+            else:
+                token = int(rng.choice(len(LETTERS), p=(logits / sampling.temperature).softmax(-1).numpy()))
+            tokens.append(token)
+            logprobs.append(float(logits.log_softmax(-1)[token]))
+        return Candidate(
+            tokens=np.array(tokens, np.int32),
+            logprobs=np.array(logprobs, np.float32),
+            text="".join(LETTERS[token] for token in tokens if token != EOS),
+            is_finished=tokens[-1] == EOS,
+            sampler=sampler,
+        )
+
+    def compare(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], references: Sequence[str] | None
+    ) -> tuple[Verdicts, float]:
+        self.calls.append(f"compare {len(prompts)}")
+        return checked(self._oracle.compare(prompts, first, second, references), len(prompts)), 0.0
+
+    def sync(self, version: int, source: ParameterSource) -> list[str]:
+        self.calls.append(f"sync {version}")
+        with source(["logits"]) as parameter:
+            self._logits = parameter("logits").detach().clone()
+        self.policy_version = version
+        return []
+
+
+class InMemoryTrainer:
+    """One rank, plain Adam; also the collectives of a single rank, and the two sets of weights."""
+
+    def __init__(self, policy: BigramPolicy, lr: float, *, keeps_behaviour: bool) -> None:
+        self.policy = policy
+        self._optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
+        self._lr = lr
+        self._keeps_behaviour = keeps_behaviour
+        self.newest: ParameterSource = self._open_newest
+        self.behaviour: ParameterSource = self._open_newest
+        self.adopt()
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        result: torch.Tensor = self.policy(batch)
+        return result
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> StepResult:
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), float("inf"))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return StepResult(lr=self._lr, grad_norm=float(norm))
+
+    def add_up(self, values: Sequence[float]) -> list[float]:
+        return [float(value) for value in values]
+
+    def maximum(self, value: float) -> float:
+        return value
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        return [data]
+
+    @contextmanager
+    def _open_newest(self, names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
+        yield lambda name: self.policy.get_parameter(name).data
+
+    def adopt(self) -> ParameterSource:
+        if self._keeps_behaviour:
+            copy = self.policy.logits.detach().clone()
+
+            @contextmanager
+            def open_copy(names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
+                yield lambda name: copy
+
+            self.behaviour = open_copy
+        return self.behaviour
+
+
+@dataclass(slots=True)
+class InMemoryJournal:
+    """Keeps records, pairs and evaluations as lists."""
+
+    records: list[Record] = field(default_factory=list)
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def record(self, kind: Kind, *, perf: dict[str, Any], **metrics: Any) -> None:
+        self.records.append(make_record(kind, perf=perf, **metrics))
+
+    def samples(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.pairs.extend(rows)
+
+    def evaluation(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        self.evaluations[step] = list(rows)
+
+    def of(self, kind: Kind) -> list[Record]:
+        return [record for record in self.records if record["kind"] == kind]
+
+
+class _Silent:
+    @contextmanager
+    def doing(self, stage: str, detail: str = "") -> Iterator[None]:
+        yield
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """What a rehearsed run leaves: its journal, its final policy and what its actors did."""
+
+    journal: InMemoryJournal
+    policy: BigramPolicy
+    calls: list[str]
+
+
+def letter_prompts(num_prompts: int, reference: str = "") -> PromptSet:
+    """Prompts of one letter each, all with the same reference."""
+    letters = [1 + i % (len(LETTERS) - 1) for i in range(num_prompts)]
+    return PromptSet(
+        texts=[LETTERS[letter] for letter in letters],
+        raw_texts=[LETTERS[letter] for letter in letters],
+        tokens=[np.array([letter], np.int32) for letter in letters],
+        references=[reference] * num_prompts,
+        rows=np.arange(num_prompts),
+        num_dropped=0,
+    )
+
+
+def rehearse(
+    algorithm: Algorithm,
+    score: Callable[[str, str], float],
+    *,
+    steps: int = 20,
+    prompts_per_step: int = 32,
+    lr: float = 0.1,
+    seed: int = 0,
+    sync_every: int = 1,
+    reference: str = "abc",
+    oracle: PreferenceOracle | None = None,
+    settings: dict[str, dict[str, Any]] | None = None,
+) -> Rehearsal:
+    """Run the learner's real loop over the stand-ins; ``score(prompt, response)`` is the oracle's reward.
+
+    ``settings`` are configuration sections on top of the arguments.
+    """
+    sections: dict[str, dict[str, Any]] = {
+        "run": {"seed": seed},
+        "rollout": {"prompts_per_step": prompts_per_step, "sync_every": sync_every},
+        "learner": {"batch_size": prompts_per_step, "micro_batch_size": prompts_per_step, "lr": lr},
+        "sampling": {"max_new_tokens": 8, "temperature": 1.0},
+        "eval": {"every": max(1, steps // 2)},
+    }
+    for section, values in (settings or {}).items():
+        sections[section] = sections.get(section, {}) | values
+    config = Config.model_validate(sections)
+    policy, initial = BigramPolicy(seed), BigramPolicy(seed).requires_grad_(False)
+    trainer = InMemoryTrainer(policy, lr, keeps_behaviour=sync_every > 1)
+    actors = InMemoryActors(oracle or FunctionOracle(score), policy)
+    share, silent, journal = Share(rank=0, count=1), _Silent(), InMemoryJournal()
+    updater = Updater(
+        trainer,
+        algorithm,
+        initial if algorithm.needs.reference or config.learner.log_kl else None,
+        layout="shared",
+        pad_token_id=EOS,
+        device=torch.device("cpu"),
+        pairs_per_step=int(config.learner.batch_size or prompts_per_step),
+        micro_batch_size=config.learner.micro_batch_size,
+        passes=config.learner.passes,
+    )
+    Learner(
+        config=config,
+        num_steps=steps,
+        experience=Experience(config, share, letter_prompts(4 * prompts_per_step), algorithm, actors, silent, score),
+        judge=Judge(config, share, letter_prompts(26, reference), actors, score),
+        actors=actors,
+        updater=updater,
+        ranks=trainer,
+        policies=trainer,
+        journal=journal,
+        shows=silent,
+        measure=dict,
+    ).run()
+    return Rehearsal(journal=journal, policy=policy, calls=actors.calls)

@@ -1,0 +1,343 @@
+"""Merging, checking, resolving and repeating a configuration."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oatlite.config.dump import toml_value
+from oatlite.config.load import dump_toml, load_config, num_steps, preset_names, resolve
+from oatlite.config.placement import places
+from oatlite.config.resolve import actors_of_rank
+from oatlite.config.schema import Config
+from oatlite.errors import ConfigError
+from oatlite.hardware import Gpu, visible
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def resolved(num_gpus: int = 0, **given: Any) -> Config:
+    return resolve(load_config(num_gpus=num_gpus, **given), num_gpus)
+
+
+def refused(num_gpus: int = 0, **given: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        resolved(num_gpus, **given)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def toml(text: str) -> Path:
+    path = Path("given.toml")
+    path.write_text(text)
+    return path
+
+
+# Layers
+
+
+def test_every_shipped_preset_loads() -> None:
+    assert preset_names() == ["demo", "tldr"]
+    assert num_steps(resolved(preset="demo")) == 2048 // 64
+    assert num_steps(resolved(2, preset="tldr")) == 50000 // 128
+
+
+def test_the_preset_depends_on_the_gpus_when_no_task_is_given() -> None:
+    assert resolved(0).model.path == "demo"
+    assert resolved(4).model.path == "trl-lib/pythia-1b-deduped-tldr-sft"
+    assert resolved(4).placement.gpus == 2
+    assert resolved(1).placement.gpus == 1
+    assert resolved(4, flags={"placement.gpus": 0}).model.path == "demo"
+    assert resolved(4, flags={"placement.gpus": 4}).placement.gpus == 4
+
+
+def test_a_task_of_ones_own_takes_no_preset() -> None:
+    own = {"model.path": "m", "data.prompts": "p", "oracle.path": "o"}
+    config = resolved(0, flags=own)
+    assert config.rollout.prompts_per_step == 128
+    assert config.eval.gold_score is None
+    assert "give both" in refused(flags={"model.path": "m"})
+    assert "give both" in refused(flags={"data.prompts": "p"})
+    assert "--oracle" in refused(flags={"model.path": "m", "data.prompts": "p"})
+
+
+def test_later_layers_win_key_by_key() -> None:
+    file = toml("[learner]\nlr = 2e-4\npasses = 3\n[run]\nseed = 7\n")
+    config = resolved(preset="demo", file=file, flags={"learner.lr": 3e-4}, sets=["run.seed=8"])
+    assert (config.learner.lr, config.learner.passes, config.run.seed) == (3e-4, 3, 8)
+    assert config.learner.micro_batch_size == 16, "from the preset"
+    assert config.learner.max_grad_norm == 1.0, "from the schema"
+
+
+def test_another_algorithm_starts_from_its_own_defaults() -> None:
+    assert resolved(preset="demo").algorithm.beta == 2.0  # type: ignore[union-attr]
+    assert resolved(preset="demo", flags={"algorithm.name": "dpo"}).algorithm.beta == 0.1  # type: ignore[union-attr]
+    same = resolved(file=toml("[algorithm]\nname = 'dpo'\nbeta = 0.3"), flags={"algorithm.name": "dpo"})
+    assert same.algorithm.beta == 0.3  # type: ignore[union-attr]
+
+
+def test_options_of_an_own_algorithm_are_collected() -> None:
+    Path("mine.py").touch()
+    file = toml("[algorithm]\nname = 'mine.py:Mine'\n[algorithm.options]\na = 1\nb = 'x'\n")
+    config = resolved(file=file, sets=["algorithm.options.b=y", "algorithm.options.c=[1, 2]"])
+    assert config.algorithm.options == {"a": 1, "b": "y", "c": [1, 2]}  # type: ignore[union-attr]
+    assert config.run.name is not None
+    assert re.fullmatch(r"mine-\d{8}-\d{6}", config.run.name)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("learner.lr=1e-6", 1e-6),
+        ("learner.lr=1", 1.0),
+        ("run.wandb=true", True),
+        ("run.name=bare-word", "bare-word"),
+        ("run.name=12", "12"),
+        ('run.name="quoted"', "quoted"),
+        ("learner.adam_betas=[0.8, 0.9]", (0.8, 0.9)),
+        ("data.reference_key=", None),
+        ("data.eval_split=a=b", "a=b"),
+    ],
+)
+def test_values_of_set(setting: str, value: Any) -> None:
+    section, _, key = setting.partition("=")[0].partition(".")
+    assert getattr(getattr(load_config(num_gpus=0, sets=[setting]), section), key) == value
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("learner.lrr=3", ["learner.lrr", "--set learner.lrr=3", "did you mean learner.lr"]),
+        ("lerner.lr=3", ["did you mean learner.lr"]),
+        ("learner.temperature=3", ["did you mean sampling.temperature"]),
+        ("lr=3", ["did you mean learner.lr"]),
+        ("algorithm=dpo", ["is a section"]),
+        ("learner.lr", ["section.key=value"]),
+        ("learner.lr=true", ["must be a number", "--lr 5e-07"]),
+        ("learner.lr=-1", ["learner.lr = -1", "greater than 0"]),
+        ("learner.lr=inf", ["finite"]),
+        ("learner.lr=fast", ["'fast'", "must be a number"]),
+        ("learner.micro_batch_size=1.5", ["whole number", "--micro-batch-size 8"]),
+        ("learner.micro_batch_size=true", ["whole number"]),
+        ("learner.adam_betas=[0.9]", ["too few"]),
+        ("learner.adam_betas=[0.9", ["no valid TOML"]),
+        ("run.ui=liv", ["'auto', 'live' or 'plain'", "--ui live"]),
+        ("run.name=a/b", ["plain folder name", "--name a-b"]),
+        ("run.name=..", ["plain folder name"]),
+        ("run.wandb=yes", ["true or false"]),
+        ("algorithm.name=smipo", ["--algo simpo"]),
+        ("algorithm.options.x=1", ["simpo has beta"]),
+        ("algorithm.name=gone.py:Mine", ["there is no file gone.py"]),
+        ("eval.gold_score=score", ["file.py:name"]),
+        ("sync.transport=cuda_ipc", ["needs a GPU"]),
+        ("data.max_prompts=10", ["one step's prompts", "--max-prompts 64"]),
+        ("data.max_queries=10", ["one step's prompts"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_and_where_and_what_to_type(setting: str, words: list[str]) -> None:
+    line = refused(sets=[setting])
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[learner]\nlr = 'x'", ["learner.lr = 'x'", "given.toml", "[learner] lr = 5e-07"]),
+        ("[lerner]\nlr = 1", ["[lerner]", "did you mean [learner]"]),
+        ("learner = 3", ["is a section"]),
+        ("lr = 3", ["did you mean learner.lr"]),
+        ("[learner", ["given.toml", "no valid TOML"]),
+        ("[learner]\nui = 'live'", ["did you mean run.ui"]),
+        ("[algorithm]\nname = 'dpo'\ngamma_beta_ratio = 1", ["dpo has beta"]),
+        ("[algorithm]\nname = 'a.py:B'\nbeta = 1", ["algorithm.options.beta"]),
+        ("[rollout]\nprompts_per_step = -1\nsync_every = 0", ["prompts_per_step", "(and 1 more)"]),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(text: str, words: list[str]) -> None:
+    line = refused(file=toml(text))
+    for word in [*words, "given.toml"]:
+        assert word in line
+
+
+def test_files_and_presets_that_are_not_there() -> None:
+    assert "cannot read" in refused(file=Path("gone.toml"))
+    assert "cannot read" in refused(file=Path())
+    Path("binary.toml").write_bytes(b"\xff\xfe")
+    assert "UTF-8" in refused(file=Path("binary.toml"))
+    assert "--preset tldr" in refused(preset="tldt")
+
+
+@pytest.mark.parametrize("setting", ["model.path=./gone", "oracle.path=/gone", "data.prompts=gone.jsonl"])
+def test_local_paths_that_are_not_there(setting: str) -> None:
+    assert "no such file" in refused(preset="demo", sets=[setting])
+
+
+def test_the_same_option_twice_on_the_command_line() -> None:
+    assert "given twice" in refused(flags={"learner.lr": 1e-4}, sets=["learner.lr=2e-4"])
+    assert resolved(flags={"learner.lr": 1e-4}, sets=["learner.lr=1e-4"]).learner.lr == 1e-4
+
+
+# Resolving
+
+
+def test_what_was_left_open_is_filled_in() -> None:
+    on_cpu, on_gpus = resolved(0), resolved(2, preset="tldr")
+    assert (on_cpu.placement.gpus, on_cpu.placement.learners, on_cpu.placement.actors) == (0, 1, 1)
+    assert (on_cpu.model.dtype, on_cpu.oracle.dtype, on_cpu.sync.transport) == ("float32", "float32", "shm")
+    assert (on_cpu.learner.batch_size, on_cpu.learner.zero_stage, on_cpu.model.reference) == (64, 0, "demo")
+    assert on_cpu.eval.gold_score == "oatlite.demo.task:true_score"
+    assert (on_gpus.placement.gpus, on_gpus.placement.learners, on_gpus.placement.actors) == (2, 2, 2)
+    assert (on_gpus.model.dtype, on_gpus.oracle.dtype, on_gpus.sync.transport) == ("bfloat16", "bfloat16", "cuda_ipc")
+    assert (on_gpus.learner.batch_size, on_gpus.learner.zero_stage) == (128, 2)
+    assert on_gpus.eval.gold_score is None
+
+
+def test_resolving_twice_changes_nothing() -> None:
+    once = resolved(2, preset="tldr")
+    assert resolve(once, 2) == once
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "flags", "words"),
+    [
+        (0, {"placement.gpus": 2}, ["has none", "--gpus 0"]),
+        (1, {"placement.gpus": 2}, ["has 1", "--gpus 1"]),
+        (0, {"placement.learners": 2, "placement.actors": 1}, ["--actors 2", "--learners 1"]),
+        (2, {"placement.learners": 4}, ["do not fit on 2 GPUs", "--learners 2"]),
+        (0, {"placement.learners": 3}, ["--prompts-per-step 63", "--prompts-per-step 66"]),
+        (0, {"placement.actors": 3}, ["--prompts-per-step 63", "--prompts-per-step 66"]),
+        (0, {"placement.learners": 2, "placement.actors": 5}, ["2 or 3 actors", "--prompts-per-step 60"]),
+        (0, {"rollout.prompts_per_step": 100}, ["--micro-batch-size 10", "--prompts-per-step 96"]),
+        (0, {"learner.batch_size": 40}, ["--micro-batch-size 10", "--batch-size 32", "--batch-size 48"]),
+        (0, {"learner.batch_size": 48}, ["no multiple of learner.batch_size", "--batch-size 32", "--batch-size 64"]),
+        (0, {"learner.batch_size": 128}, ["--batch-size 64", "--prompts-per-step 128"]),
+    ],
+)
+def test_numbers_that_cannot_work_say_which_would(num_gpus: int, flags: dict[str, int], words: list[str]) -> None:
+    line = refused(num_gpus, preset="demo", flags=flags)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize("flags", [{"learner.batch_size": 40}, {"rollout.prompts_per_step": 100}])
+def test_the_numbers_that_an_error_proposes_do_work(flags: dict[str, int]) -> None:
+    line = refused(flags=flags)
+    proposals = re.findall(r"--([a-z-]+) (\d+)", line)
+    assert len(proposals) >= 2
+    keys = {"batch-size": "learner.batch_size", "prompts-per-step": "rollout.prompts_per_step"}
+    for flag, number in proposals:
+        proposed = flags | {keys.get(flag, "learner.micro_batch_size"): int(number)}
+        # Another batch size may then ask for another number of prompts; the mistake itself must be gone.
+        assert "learner.micro_batch_size" not in _complaint(proposed)
+
+
+def _complaint(flags: dict[str, int]) -> str:
+    try:
+        resolved(flags=flags)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_the_run_folder() -> None:
+    Path("runs/used").mkdir(parents=True)
+    assert resolved(flags={"run.name": "used"}).run.name == "used", "an empty folder is free"
+    Path("runs/used/file").touch()
+    assert "--name used-2" in refused(flags={"run.name": "used"})
+    assert "no folder that you may write to" in refused(flags={"run.dir": "runs/used/file/deeper"})
+
+
+def test_the_number_of_steps() -> None:
+    assert num_steps(resolved()) == 32
+    assert num_steps(resolved(flags={"data.epochs": 2})) == 64
+    assert num_steps(resolved(flags={"data.epochs": 2, "data.max_queries": 1000})) == 15
+    assert num_steps(resolved(flags={"model.path": "m", "data.prompts": "p", "oracle.path": "o"})) is None
+
+
+# Repeating
+
+
+@pytest.mark.parametrize("preset", ["demo", "tldr"])
+def test_the_dump_repeats_the_run(preset: str) -> None:
+    config = resolved(2, preset=preset, sets=["run.seed=5", "data.reference_key="])
+    again = load_config(file=toml(dump_toml(config)), num_gpus=2)
+    assert again.run.name is None, "a repetition gets a folder of its own"
+    assert again.model_copy(update={"run": config.run}) == config
+    renamed = resolve(again, 2)
+    assert renamed.model_copy(update={"run": config.run}) == config
+
+
+def test_the_dump_keeps_every_odd_text_and_option() -> None:
+    name = 'a "quoted" \\ back\\slash\nnew line\ttab \x7f \x00 ünï 🎉 # no comment'
+    options = {"text": name, "deep": {"list": [1, 2.5, True, {"k": "v"}], "odd key.": []}}
+    values = resolved().model_dump()
+    values["algorithm"] = {"name": "a.py:B", "options": options}
+    values["data"]["prompt_key"] = name
+    config = Config.model_validate(values)
+    again = load_config(file=toml(dump_toml(config)), num_gpus=0)
+    assert again.model_copy(update={"run": config.run}) == config
+
+
+def test_the_dump_names_the_run_in_a_comment_alone() -> None:
+    text = dump_toml(resolved(flags={"run.name": "first"}))
+    assert '"first"' in text.splitlines()[0]
+    assert "name" not in tomllib.loads(text)["run"]
+
+
+def test_toml_has_no_form_for_an_object() -> None:
+    with pytest.raises(TypeError, match="no form"):
+        toml_value(object())
+
+
+# Places and hardware
+
+
+def test_places_share_gpus_unless_there_are_enough() -> None:
+    def gpus_of(num_gpus: int, **flags: int) -> list[tuple[str, int | None, int]]:
+        config = resolved(num_gpus, preset="demo", flags={f"placement.{key}": value for key, value in flags.items()})
+        return [(place.name, place.gpu, place.serves) for place in places(config, range(8))]
+
+    assert gpus_of(0) == [("learner 0", None, 0), ("actor 0", None, 0)]
+    assert gpus_of(2) == [("learner 0", 0, 0), ("learner 1", 1, 1), ("actor 0", 0, 0), ("actor 1", 1, 1)]
+    assert gpus_of(2, learners=1, actors=1) == [("learner 0", 0, 0), ("actor 0", 1, 0)]
+
+
+def test_cores_are_shared_out_whole() -> None:
+    config = resolved(flags={"placement.learners": 2, "placement.actors": 4})
+    found = places(config, [3, 4, 5, 6, 7])
+    for role in ("learner", "actor"):
+        cores = [core for place in found if place.role == role for core in place.cores]
+        assert sorted(cores) == [3, 4, 5, 6, 7]
+    few = places(config, [3])
+    assert all(place.cores == (3,) for place in few)
+    assert [actors_of_rank(config, rank) for rank in (0, 1)] == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (None, "abc"),
+        ("", ""),
+        ("-1", ""),
+        ("2,0", "ca"),
+        ("0,7,1", "a"),
+        ("GPU-b", "b"),
+        ("GPU-", ""),
+        ("nonsense", ""),
+    ],
+)
+def test_visible_gpus(mask: str | None, expected: str) -> None:
+    gpus = [Gpu(f"GPU-{letter}", letter) for letter in "abc"]
+    assert "".join(gpu.name for gpu in visible(gpus, mask)) == expected

@@ -1,0 +1,177 @@
+"""The learner's loop, its hooks and its algorithms, over the stand-ins of oatlite.testing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from oatlite.algorithms import build_algorithm
+from oatlite.algorithms.base import Algorithm
+from oatlite.config.schema import CustomAlgorithmConfig, DPOConfig, SimPOConfig
+from oatlite.errors import ConfigError, OracleError
+from oatlite.oracles.base import PreferenceOracle, Verdicts
+from oatlite.testing import FunctionOracle, rehearse
+
+EXAMPLE = Path(__file__).parent / "example_algorithm.py"
+SIMPO, DPO = SimPOConfig(), DPOConfig(beta=1.0)
+CUSTOM = CustomAlgorithmConfig(name=f"{EXAMPLE}:FarApart")
+
+
+def share_of_e(prompt: str, response: str) -> float:
+    """More for an answer with more of the letter e, and for one that ends by itself."""
+    return 4.0 * response.count("e") / 8
+
+
+def algorithm(config: SimPOConfig | DPOConfig | CustomAlgorithmConfig = SIMPO) -> Algorithm:
+    return build_algorithm(config)
+
+
+@pytest.mark.parametrize("config", [SIMPO, DPO, CUSTOM], ids=["simpo", "dpo", "custom"])
+def test_every_algorithm_raises_reward_and_win_rate(config: SimPOConfig | DPOConfig | CustomAlgorithmConfig) -> None:
+    run = rehearse(algorithm(config), share_of_e, steps=40)
+    first, last = run.journal.of("eval")[0], run.journal.of("eval")[-1]
+    steps = run.journal.of("step")
+    assert last["win_rate"] > first["win_rate"] + 0.25
+    assert np.mean([s["reward"] for s in steps[-5:]]) > np.mean([s["reward"] for s in steps[:5]]) + 0.5
+    assert last["step"] == 40
+
+
+def test_a_loss_with_the_wrong_sign_is_noticed() -> None:
+    class Backwards(type(algorithm())):  # type: ignore[misc]
+        def loss(self, policy, reference):  # type: ignore[no-untyped-def]
+            result = super().loss(policy, reference)
+            return result._replace(losses=-result.losses)
+
+    run = rehearse(Backwards(SIMPO), share_of_e, steps=40)
+    steps = run.journal.of("step")
+    assert np.mean([s["reward"] for s in steps[-5:]]) <= np.mean([s["reward"] for s in steps[:5]])
+
+
+def test_offline_is_judged_by_its_newest_policy_and_samples_from_the_initial_one() -> None:
+    run = rehearse(algorithm(), share_of_e, steps=20, sync_every=1000)
+    evals = run.journal.of("eval")
+    assert [record["policy_version"] for record in run.journal.of("step")] == [0] * 20
+    assert evals[-1]["reward"] > evals[0]["reward"]
+    generated = [call for call in run.calls if call.startswith("generate")]
+    assert generated.count("generate with 20") == 1
+    at = run.calls.index("sync 10")
+    assert run.calls[at : at + 4] == ["sync 10", "generate with 10", "compare 26", "sync 0"]
+
+
+def test_restored_behaviour_is_what_was_there_before_the_evaluation() -> None:
+    often = rehearse(algorithm(), share_of_e, steps=8, sync_every=4, settings={"eval": {"every": 1}})
+    never = rehearse(algorithm(), share_of_e, steps=8, sync_every=4, settings={"eval": {"every": 100}})
+    assert _without_perf(often.journal.of("step")) == _without_perf(never.journal.of("step"))
+    assert [record["policy_version"] for record in often.journal.of("step")] == [0] * 4 + [4] * 4
+    assert [record["staleness"] for record in often.journal.of("step")] == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_the_same_seed_repeats_and_another_does_not() -> None:
+    one, same, other = (rehearse(algorithm(), share_of_e, steps=5, seed=seed) for seed in (3, 3, 4))
+    assert _without_perf(one.journal.records) == _without_perf(same.journal.records)
+    assert one.journal.pairs == same.journal.pairs
+    assert one.journal.pairs != other.journal.pairs
+
+
+def test_samples_are_on_policy_to_the_letter() -> None:
+    run = rehearse(algorithm(), share_of_e, steps=5)
+    assert all(record["mismatch_max"] < 1e-5 for record in run.journal.of("step"))
+
+
+def test_micro_batches_and_gradient_steps_make_no_difference_where_they_should_not() -> None:
+    whole = rehearse(algorithm(), share_of_e, steps=5)
+    cut = rehearse(algorithm(), share_of_e, steps=5, settings={"learner": {"micro_batch_size": 4}})
+    for one, other in zip(whole.journal.of("step"), cut.journal.of("step"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    halves = rehearse(algorithm(), share_of_e, steps=5, settings={"learner": {"batch_size": 16, "micro_batch_size": 16}})
+    assert halves.journal.of("step")[1]["loss"] != pytest.approx(whole.journal.of("step")[1]["loss"], rel=1e-5)
+
+
+def test_a_step_without_a_usable_verdict_trains_on_nothing() -> None:
+    run = rehearse(algorithm(), lambda prompt, response: 0.0, steps=3)
+    for record in run.journal.of("step"):
+        assert (record["trained_pairs"], record["unusable_pairs"]) == (0, 32)
+        assert "loss" not in record
+
+
+class HalfBlind(PreferenceOracle):
+    """No verdict on prompts from n to z."""
+
+    def compare(
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        references: Sequence[str] | None = None,
+    ) -> Verdicts:
+        known = FunctionOracle(share_of_e).compare(prompts, first, second)
+        is_valid = np.array([prompt < "n" for prompt in prompts])
+        return Verdicts(first_win=np.where(is_valid, known.first_win, np.float32(np.nan)), is_valid=is_valid)
+
+
+def test_pairs_without_a_verdict_carry_no_weight() -> None:
+    run = rehearse(algorithm(), share_of_e, steps=3, oracle=HalfBlind())
+    for pair in run.journal.pairs:
+        assert not pair["is_trainable"] or pair["prompt"] < "n"
+    for record in run.journal.of("step"):
+        assert 0 < record["trained_pairs"] < 32
+        assert record["trained_pairs"] + record["unusable_pairs"] == 32
+
+
+def test_an_oracle_that_answers_nonsense_stops_the_run() -> None:
+    class Liar(PreferenceOracle):
+        def compare(self, prompts, first, second, references=None):  # type: ignore[no-untyped-def]
+            return Verdicts(first_win=np.full(len(prompts), 1.5, np.float32), is_valid=np.ones(len(prompts), bool))
+
+    with pytest.raises(OracleError):
+        rehearse(algorithm(), share_of_e, steps=1, oracle=Liar())
+
+
+def test_bernoulli_feedback_chooses_the_loser_now_and_then() -> None:
+    run = rehearse(algorithm(), share_of_e, steps=5, settings={"oracle": {"feedback": "bernoulli"}})
+    wins = [pair["win_probability"] for pair in run.journal.pairs]
+    assert 0.02 < np.mean([win < 0.5 for win in wins]) < 0.5
+
+
+def test_queries_end_a_run_in_the_middle_of_a_step() -> None:
+    run = rehearse(algorithm(), share_of_e, steps=3, settings={"data": {"max_queries": 70}})
+    assert [record["queries"] for record in run.journal.of("step")] == [32, 64, 70]
+
+
+def test_dropped_prompts_are_not_asked_about() -> None:
+    config = CustomAlgorithmConfig(name=f"{EXAMPLE}:FarApart", options={"min_gap": 0.12})
+    run = rehearse(algorithm(config), share_of_e, steps=3)
+    queries = [record["queries"] for record in run.journal.of("step")]
+    assert 0 < queries[0] < 32
+    assert len(run.journal.pairs) == queries[-1]
+
+
+def test_the_reference_of_dpo_is_the_initial_policy() -> None:
+    run = rehearse(algorithm(DPO), share_of_e, steps=10)
+    kl = [record["kl"] for record in run.journal.of("step")]
+    assert abs(kl[0]) < 1e-6
+    assert kl[-1] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        (f"{EXAMPLE}:Nothing", {}, "has no Nothing"),
+        (f"{EXAMPLE}:FarApartOptions", {}, "is not an Algorithm"),
+        (f"{EXAMPLE}:FarApart", {"margn": 1}, "margn"),
+        (f"{EXAMPLE}:FarApart", {"margin": "wide"}, "margin"),
+        ("nowhere.py:FarApart", {}, "does not exist"),
+    ],
+)
+def test_a_users_algorithm_that_cannot_be_used_is_one_line(name: str, options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        build_algorithm(CustomAlgorithmConfig(name=name, options=options))
+    assert "\n" not in str(caught.value)
+
+
+def _without_perf(records: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    return [{key: value for key, value in record.items() if key != "perf"} for record in records]
