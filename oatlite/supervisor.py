@@ -51,12 +51,13 @@ class Interrupted(OatliteError):
 
 @dataclass(slots=True)
 class _Role:
-    """A place in the run and the process that fills it now. ``stage_since`` and ``seen`` are in monotonic seconds."""
+    """A place in the run and the process that fills it now. ``seen`` is the time of its last sign of
+    life, in monotonic seconds."""
 
     place: Place
     spec: WorkerSpec
     worker: Worker
-    stage: str = "starting"
+    stage: tuple[str, str] = ("", "")
     seen: float = field(default_factory=time.monotonic)
     was_ready: bool = False
     num_restarts: int = 0
@@ -198,9 +199,9 @@ class Supervisor:
         role.seen = time.monotonic()
         match message:
             case Stage():
-                if (role.stage, message.stage) != ("starting", "starting") or message.detail:
+                if role.stage != (message.stage, message.detail):
                     self._console.stage(role.place.name, message.stage, message.detail)
-                role.stage = message.stage
+                role.stage = (message.stage, message.detail)
                 role.was_ready |= message.stage != "starting"
             case Record(kind="pair"):
                 self._console.pair(json.loads(message.body))
