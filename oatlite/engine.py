@@ -65,6 +65,8 @@ def _prepare_environment(options: EngineOptions) -> None:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(options.kv_cache_gib)))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
+        # Two small functions of its sampler would be compiled: seconds at start, and a C++ compiler needed.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
 class Engine:

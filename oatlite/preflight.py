@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from oatlite.config.schema import Config
+from oatlite.config.schema import Config, CustomAlgorithmConfig
 from oatlite.data import PromptSet, load_prompts, load_tokenizer
 from oatlite.errors import ConfigError
 from oatlite.loading import load_callable
@@ -49,6 +49,10 @@ def check(config: Config) -> Plan:
         reference = _check_reference(config, policy, tokenizer)
         limit = min(limit, _max_positions(reference))
     _check_oracle(config)
+    if isinstance(config.algorithm, CustomAlgorithmConfig):
+        from oatlite.algorithms import build_algorithm
+
+        build_algorithm(config.algorithm)
     if config.eval.gold_score is not None:
         _check_gold_score(config.eval.gold_score)
     if config.eval.prompts and config.data.reference_key is None:

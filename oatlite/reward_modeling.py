@@ -2,117 +2,132 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from oatlite.continuations import drop_long, encode, hold_out, join, pad_right
+from oatlite.continuations import drop_long, encode, hold_out, join
 from oatlite.errors import ConfigError
 from oatlite.fitting import Report, Schedule, fit, token_batches
 from oatlite.output_folder import complete_or_absent
+from oatlite.reward_loss import EncodedRanking, bradley_terry, can_share_prompts, count_correct
 from oatlite.supervised import load_pretrained, place
-from oatlite.tiny import PAD, TinyShape, is_tiny, tiny_config, train_bpe
+from oatlite.tiny import PAD, TinyShape, is_tiny, new_tiny_model, tiny_config, train_bpe
 
-Pair = tuple[str, str, str]
-"""Prompt, chosen and rejected text."""
+_MAX_PAIRS = 4  # in one ranking: more would make the shared sequence long
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Some responses to one prompt; ``wins`` holds (better, worse) pairs of indices into ``texts``."""
+
+    prompt: str
+    texts: tuple[str, ...]
+    wins: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardOptions:
-    """``lr`` defaults by ``model``: 1e-3 from scratch, 1e-5 otherwise. ``steps`` ends training before the epochs do.
+    """``lr`` and ``prefix_weight`` default by ``model``: 1e-3 and 1 from scratch, 1e-5 and 0 otherwise.
 
-    ``shape`` and ``vocab_size`` belong to a network from scratch.
+    ``prefix_weight`` is the weight of comparing prefixes beside that of comparing whole texts. ``steps`` ends
+    training before the epochs do. ``shape`` and ``vocab_size`` belong to a network from scratch.
     """
 
     model: str
     epochs: int = 1
     steps: int | None = None
     lr: float | None = None
+    prefix_weight: float | None = None
     batch_tokens: int = 4096
     max_tokens: int = 512
     vocab_size: int = 4096
     shape: TinyShape = TinyShape()
-    prefix_weight: float = 0.0
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardResult:
-    """``held_out_accuracy``: the share of held-out pairs whose chosen text has the higher reward."""
+    """``held_out_accuracy``: the share of ``num_held_out`` comparisons whose better text has the higher reward.
+
+    The prompts of held-out comparisons are not trained on.
+    """
 
     held_out_accuracy: float
     num_held_out: int
     num_parameters: int
-    num_pairs: int
+    num_comparisons: int
     num_dropped: int
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class _EncodedPair:
-    chosen: list[int]
-    rejected: list[int]
+def rank_pairs(pairs: Iterable[tuple[str, str, str]]) -> list[Ranking]:
+    """Gather (prompt, chosen, rejected) by prompt, so that a prompt is read once for several comparisons.
 
-    @property
-    def num_tokens(self) -> int:
-        """Padded tokens of both sequences."""
-        return 2 * max(len(self.chosen), len(self.rejected))
-
-    @property
-    def num_shared(self) -> int:
-        """Tokens at the start that both sequences share; less than either's length, since the texts differ."""
-        return len(os.path.commonprefix([self.chosen, self.rejected]))
-
-
-def pairs_from_references(rows: Sequence[tuple[str, str]], seed: int) -> list[Pair]:
-    """Each row's reference against that of another row, drawn by ``seed``; equal references make no pair.
-
-    Raises ConfigError when no pair is left.
+    Raises ConfigError when each pair has two equal texts.
     """
+    by_prompt: dict[str, list[tuple[str, str]]] = {}
+    for prompt, chosen, rejected in pairs:
+        if chosen != rejected:
+            by_prompt.setdefault(prompt, []).append((chosen, rejected))
+    if not by_prompt:
+        raise ConfigError("both texts of every pair are equal, so there is nothing to prefer", "bring other data")
+    return [
+        _rank(prompt, found[start : start + _MAX_PAIRS])
+        for prompt, found in by_prompt.items()
+        for start in range(0, len(found), _MAX_PAIRS)
+    ]
+
+
+def rank_references(rows: Sequence[tuple[str, str]], seed: int) -> list[Ranking]:
+    """Each row's reference before that of another row, drawn by ``seed``. Raises ConfigError if all are equal."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     partners = dict(zip(order, [*order[1:], order[0]], strict=True))
-    pairs = [(p, join(p, ref), join(p, rows[partners[i]][1])) for i, (p, ref) in enumerate(rows)]
-    if not (kept := [pair for pair in pairs if pair[1] != pair[2]]):
-        raise ConfigError("all references are equal, so there is nothing to prefer", "bring pairs, or other data")
-    return kept
+    return rank_pairs(
+        (prompt, join(prompt, text), join(prompt, rows[partners[i]][1])) for i, (prompt, text) in enumerate(rows)
+    )
 
 
-def train_reward_model(pairs: Sequence[Pair], options: RewardOptions, output: Path, report: Report) -> RewardResult:
-    """Train on pairs and leave an ``AutoModelForSequenceClassification`` folder with one label at ``output``.
+def train_reward_model(rankings: Sequence[Ranking], options: RewardOptions, output: Path, report: Report) -> RewardResult:
+    """Train on comparisons and leave an ``AutoModelForSequenceClassification`` folder with one label at ``output``.
 
-    A text is scored as prompt, response (tokenized apart) and EOS, padded on the right. Equal pairs, options and
-    thread counts give equal weights. Raises ConfigError when the model cannot be loaded or no pair fits,
-    StorageError when ``output`` cannot be written.
+    A text is scored as prompt, response (tokenized apart) and EOS. Equal rankings, options and thread counts give
+    equal weights. Raises ConfigError when the model cannot be loaded or no comparison fits, StorageError when
+    ``output`` cannot be written.
     """
     started = time.monotonic()
     torch.manual_seed(options.seed)
-    model, tokenizer = _load(pairs, options)
-    encoded = [_encode(tokenizer, pair) for pair in pairs]
-    kept = drop_long([pair.num_tokens // 2 for pair in encoded], options.max_tokens)
-    training, held_out = hold_out(len(kept), options.seed)
-    examples = [encoded[kept[i]] for i in training]
+    model, tokenizer = _load(rankings, options)
+    encoded = [_encode(tokenizer, ranking) for ranking in rankings]
+    kept = drop_long([ranking.longest for ranking in encoded], options.max_tokens)
+    training, held_out = ([encoded[kept[i]] for i in part] for part in hold_out(len(kept), options.seed))
 
+    shared = can_share_prompts(model, training[0])
+    weight = options.prefix_weight
+    weight = float(is_tiny(options.model)) if weight is None else weight
     generator = torch.Generator().manual_seed(options.seed)
-    sizes = [pair.num_tokens for pair in examples]
+    sizes = [ranking.num_tokens(shared=shared) for ranking in training]
     batches = [b for _ in range(options.epochs) for b in token_batches(sizes, options.batch_tokens, generator)]
     schedule = Schedule(lr=options.lr or (1e-3 if is_tiny(options.model) else 1e-5))
 
     def loss_of(batch: list[int]) -> torch.Tensor:
-        return _loss(model, [examples[i] for i in batch], options.prefix_weight)
+        return bradley_terry(model, [training[i] for i in batch], prefix_weight=weight, shared=shared)
 
     fit(model, batches[: options.steps], loss_of, schedule, report, "reward model")
+    num_held_out = sum(len(ranking.wins) for ranking in held_out)
+    sizes = [ranking.num_tokens(shared=shared) for ranking in held_out]
+    checked = token_batches(sizes, options.batch_tokens, None)
+    num_correct = sum(count_correct(model, [held_out[i] for i in batch], shared=shared) for batch in checked)
     result = RewardResult(
-        held_out_accuracy=_accuracy(model, [encoded[kept[i]] for i in held_out], options.batch_tokens),
-        num_held_out=len(held_out),
+        held_out_accuracy=num_correct / num_held_out,
+        num_held_out=num_held_out,
         num_parameters=model.num_parameters(),
-        num_pairs=len(examples),
-        num_dropped=len(pairs) - len(kept),
+        num_comparisons=sum(len(ranking.wins) for ranking in training),
+        num_dropped=len(rankings) - len(kept),
         seconds=time.monotonic() - started,
     )
     with complete_or_absent(output) as folder:
@@ -121,13 +136,19 @@ def train_reward_model(pairs: Sequence[Pair], options: RewardOptions, output: Pa
     return result
 
 
-def _load(pairs: Sequence[Pair], options: RewardOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _rank(prompt: str, pairs: Iterable[tuple[str, str]]) -> Ranking:
+    places: dict[str, int] = {}
+    wins = tuple((places.setdefault(a, len(places)), places.setdefault(b, len(places))) for a, b in pairs)
+    return Ranking(prompt, tuple(places), wins)
+
+
+def _load(rankings: Sequence[Ranking], options: RewardOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if is_tiny(options.model):
-        texts = (prompt + text for prompt, *both in pairs for text in both)
+        texts = (ranking.prompt + text for ranking in rankings for text in ranking.texts)
         tokenizer = train_bpe(texts, options.vocab_size)
         config = tiny_config(options.model, tokenizer, options.shape)
         config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = new_tiny_model(AutoModelForSequenceClassification, config)
     else:
         model, tokenizer = load_pretrained(AutoModelForSequenceClassification, options.model, num_labels=1)
         _give_pad_token(model, tokenizer)
@@ -144,50 +165,6 @@ def _give_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> _EncodedPair:
-    prompt, chosen, rejected = pair
-    sequences = (encode(tokenizer, prompt, text) for text in (chosen, rejected))
-    return _EncodedPair(*([*before, *after] for before, after in sequences))
-
-
-def _token_rewards(model: PreTrainedModel, sequences: Sequence[list[int]]) -> torch.Tensor:
-    """The reward that each prefix would have if it were the whole, (len(sequences), longest)."""
-    # No mask: under a causal one no real token sees right padding.
-    tokens = pad_right(sequences, model.config.pad_token_id, model.device)
-    return model.score(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)[..., 0].float()
-
-
-def _rewards(model: PreTrainedModel, pairs: Sequence[_EncodedPair]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards of the chosen and of the rejected texts, each (B,)."""
-    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    rewards = _token_rewards(model, sequences)
-    ends = torch.tensor([[len(sequence) - 1] for sequence in sequences], device=rewards.device)
-    chosen, rejected = rewards.gather(1, ends)[:, 0].chunk(2)
-    return chosen, rejected
-
-
-def _loss(model: PreTrainedModel, pairs: Sequence[_EncodedPair], prefix_weight: float) -> torch.Tensor:
-    """Bradley-Terry at the ends, and with ``prefix_weight`` its mean over the positions where the texts differ."""
-    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    rewards = _token_rewards(model, sequences)
-    ends = torch.tensor([len(sequence) - 1 for sequence in sequences], device=rewards.device)
-    chosen, rejected = rewards.gather(1, ends[:, None])[:, 0].chunk(2)
-    loss = -logsigmoid(chosen - rejected).mean()
-    if prefix_weight == 0:
-        return loss
-    position = torch.arange(rewards.shape[1], device=rewards.device)
-    starts = torch.tensor([pair.num_shared for pair in pairs], device=rewards.device)[:, None]
-    last = torch.minimum(*ends.chunk(2))[:, None]
-    differs = ((position >= starts) & (position <= last)).float()
-    margins = torch.sub(*rewards.chunk(2))
-    per_pair = (-logsigmoid(margins) * differs).sum(1) / differs.sum(1)
-    return loss + prefix_weight * per_pair.mean()
-
-
-@torch.no_grad()
-def _accuracy(model: PreTrainedModel, pairs: Sequence[_EncodedPair], batch_tokens: int) -> float:
-    correct = 0
-    for batch in token_batches([pair.num_tokens for pair in pairs], batch_tokens, None):
-        chosen, rejected = _rewards(model, [pairs[i] for i in batch])
-        correct += int((chosen > rejected).sum())
-    return correct / len(pairs)
+def _encode(tokenizer: PreTrainedTokenizerBase, ranking: Ranking) -> EncodedRanking:
+    parts = [encode(tokenizer, ranking.prompt, text) for text in ranking.texts]
+    return EncodedRanking(parts[0][0], [response for _, response in parts], ranking.wins)

@@ -14,7 +14,7 @@ from oatlite.continuations import drop_long, encode, hold_out, join, pad_right
 from oatlite.errors import ConfigError
 from oatlite.fitting import Report, Schedule, fit, token_batches
 from oatlite.output_folder import complete_or_absent
-from oatlite.tiny import TINY_NAMES, TinyShape, is_tiny, tiny_config, train_bpe
+from oatlite.tiny import TINY_NAMES, TinyShape, is_tiny, new_tiny_model, tiny_config, train_bpe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +113,7 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if is_tiny(options.model):
         tokenizer = train_bpe((prompt + join(prompt, text) for prompt, text in rows), options.vocab_size)
-        model = AutoModelForCausalLM.from_config(tiny_config(options.model, tokenizer, options.shape))
-        import os
-        from oatlite.tiny import match_and_copy
-        if 'MC' in os.environ: match_and_copy(model,float(os.environ['MC']))
+        model = new_tiny_model(AutoModelForCausalLM, tiny_config(options.model, tokenizer, options.shape))
     else:
         model, tokenizer = load_pretrained(AutoModelForCausalLM, options.model)
     return place(model, options.max_tokens), tokenizer

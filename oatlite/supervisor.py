@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -177,7 +178,7 @@ class Supervisor:
     def _start(self, place: Place, spec: WorkerSpec) -> Worker:
         log = self._run_dir / "logs" / f"{spec.role}.log"
         command = [sys.executable, "-m", "oatlite.workers", str(spec.write())]
-        return self._launcher.start(command, _environment(place), log)
+        return self._launcher.start(command, _environment(place, self._launcher.private_dir), log)
 
     def _watch(self) -> None:
         self._check_signals()
@@ -287,8 +288,13 @@ def _collected_signals(into: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _environment(place: Place) -> dict[str, str]:
+def _environment(place: Place, private_dir: Path) -> dict[str, str]:
     environment = dict(os.environ)
+    # What libraries leave in the folder for temporary files goes with the run, but for kernels compiled for a GPU.
+    if place.gpu is not None:
+        kernels = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
+    environment["TMPDIR"] = str(private_dir)
     threads = str(len(place.cores))
     environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     # Threads that spin while they wait take the cores from the process whose turn it is, and from other people.

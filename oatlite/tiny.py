@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
-import os, torch
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedModel, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 TinyName = Literal["tiny-llama", "tiny-neox"]
 TINY_NAMES: tuple[TinyName, ...] = get_args(TinyName)
@@ -16,6 +17,7 @@ TINY_NAMES: tuple[TinyName, ...] = get_args(TinyName)
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 _HEAD_DIM = 64  # one that vLLM's CPU attention has a kernel for
+_MATCH_LOGIT = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +81,33 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-@torch.no_grad()
-def match_and_copy(model: PreTrainedModel, scale: float) -> None:
-    """Start attention of a Llama by looking for equal tokens and copying them (mimetic initialization, 2305.09828)."""
-    for layer in model.base_model.layers:
-        attention = layer.self_attn
-        attention.k_proj.weight.normal_(std=scale)
-        attention.q_proj.weight.copy_(attention.k_proj.weight)
-        attention.v_proj.weight.normal_(std=scale)
-        attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+def new_tiny_model(auto_class: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """A network with fresh weights from torch's global generator, such as ``AutoModelForCausalLM`` makes.
+
+    Attention begins by looking for tokens equal to the current one and by copying what it finds: queries equal
+    keys, and the output projection is the transpose of the values (mimetic initialization, Trockman and Kolter,
+    arXiv 2305.09828). Nets this small otherwise take several times as many steps until they copy from a prompt.
+    """
+    model = auto_class.from_config(config)
+    with torch.no_grad():
+        for layer in model.base_model.layers:
+            _match_and_copy(layer, config)
+    return model
+
+
+def _match_and_copy(layer: torch.nn.Module, config: PretrainedConfig) -> None:
+    # Normalized hidden states have a mean square of 1, so equal tokens get a logit of _MATCH_LOGIT.
+    std = math.sqrt(_MATCH_LOGIT / (math.sqrt(_HEAD_DIM) * config.hidden_size))
+    same = torch.empty(config.hidden_size, config.hidden_size).normal_(std=std)
+    values = torch.empty_like(same).normal_(std=std)
+    if isinstance(config, LlamaConfig):
+        projections = layer.self_attn
+        projections.q_proj.weight.copy_(same)
+        projections.k_proj.weight.copy_(same)
+        projections.v_proj.weight.copy_(values)
+        projections.o_proj.weight.copy_(values.T)
+    else:
+        heads = (config.num_attention_heads, _HEAD_DIM, config.hidden_size)
+        fused = torch.stack([same.view(heads), same.view(heads), values.view(heads)], dim=1)
+        layer.attention.query_key_value.weight.copy_(fused.view(3 * config.hidden_size, config.hidden_size))
+        layer.attention.dense.weight.copy_(values.T)

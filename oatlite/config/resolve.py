@@ -40,7 +40,7 @@ def num_steps(config: Config) -> int | None:
     if config.data.max_prompts is not None:
         bounds.append(config.data.max_prompts // config.rollout.prompts_per_step * config.data.epochs)
     if config.data.max_queries is not None:
-        bounds.append(config.data.max_queries // config.rollout.prompts_per_step)
+        bounds.append(math.ceil(config.data.max_queries / config.rollout.prompts_per_step))
     return min(bounds, default=None)
 
 

@@ -81,7 +81,6 @@ _FILLERS = (
     "as you can imagine",
 )
 
-MINIMAL = 0.5
 MAX_WORDS = 20
 """Words that a summary may have before its length costs."""
 
@@ -95,12 +94,12 @@ class Row(TypedDict):
     reference: str
 
 
-class Pair(TypedDict):
-    """Two summaries of one post, ``chosen`` with the higher true score."""
+class Judged(TypedDict):
+    """Several summaries of one post, each with its true score."""
 
     prompt: str
-    chosen: str
-    rejected: str
+    responses: list[str]
+    scores: list[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,19 +189,25 @@ def make_rows(num: int, seed: int) -> list[Row]:
     return rows
 
 
-def make_pairs(num: int, seed: int, *, min_gap: float = 0.08) -> list[Pair]:
-    """``num`` posts with two candidates each, at least ``min_gap`` of true score apart; equal for equal arguments."""
-    rng = random.Random(f"pairs {seed}")
-    pairs: list[Pair] = []
-    while len(pairs) < num:
+def make_judged(num: int, num_responses: int, seed: int) -> list[Judged]:
+    """``num`` posts with ``num_responses`` candidates each; equal for equal arguments.
+
+    More than half of the candidates differ from the first in one fact alone: those teach a reward model to check
+    facts, where whole other texts would teach it the look of a good summary.
+    """
+    rng = random.Random(f"judged {seed}")
+    judged: list[Judged] = []
+    for _ in range(num):
         post = make_post(rng)
-        first = make_candidate(post, rng)
-        second = _edit(first, post, rng) if rng.random() < MINIMAL else make_candidate(post, rng)
-        gap = true_score(post.prompt, first) - true_score(post.prompt, second)
-        if abs(gap) >= min_gap:
-            chosen, rejected = (first, second) if gap > 0 else (second, first)
-            pairs.append({"prompt": post.prompt, "chosen": chosen, "rejected": rejected})
-    return pairs
+        first = _render(post.facts, rng) if rng.random() < 0.5 else make_candidate(post, rng)
+        others = [
+            _swap_fact(first, post, rng) if rng.random() < 0.6 else make_candidate(post, rng)
+            for _ in range(num_responses - 1)
+        ]
+        responses = [first, *others]
+        scores = [true_score(post.prompt, response) for response in responses]
+        judged.append({"prompt": post.prompt, "responses": responses, "scores": scores})
+    return judged
 
 
 def _render(facts: Mapping[str, str], rng: random.Random, *, num_fillers: int = 0) -> str:
@@ -236,14 +241,12 @@ def _decay(text: str, kind: str, rng: random.Random) -> str:
     return text
 
 
-def _edit(text: str, post: Post, rng: random.Random) -> str:
+def _swap_fact(text: str, post: Post, rng: random.Random) -> str:
+    """Make one fact of a summary wrong, or right if it was wrong; another candidate when there is nothing to swap."""
     slot = rng.choice(list(SLOTS))
-    found = _mentions(text, slot)
-    if not found: return make_candidate(post, rng)
-    fact = post.facts[slot]
-    nearby = post.distractors.get(slot)
-    new = fact if fact not in found else (nearby if nearby and rng.random() < 0.5 else _other(rng, slot, fact))
-    return text.replace(found[0], new)
+    if not (found := _mentions(text, slot)):
+        return make_candidate(post, rng)
+    return text.replace(found[0], post.facts[slot] if found[0] != post.facts[slot] else _mistake(post, slot, rng))
 
 
 def _drop(facts: Mapping[str, str], rng: random.Random) -> dict[str, str]:
@@ -254,12 +257,17 @@ def _drop(facts: Mapping[str, str], rng: random.Random) -> dict[str, str]:
 
 
 def _confuse(facts: Mapping[str, str], post: Post, rng: random.Random) -> dict[str, str]:
-    """Replace one or two facts, half of the time by what a distractor of the same post names."""
+    """Replace one or two facts by wrong values."""
     confused = dict(facts)
     for slot in rng.sample(list(facts), min(len(facts), rng.choice((1, 1, 2)))):
-        nearby = post.distractors.get(slot)
-        confused[slot] = nearby if nearby and rng.random() < 0.5 else _other(rng, slot, post.facts[slot])
+        confused[slot] = _mistake(post, slot, rng)
     return confused
+
+
+def _mistake(post: Post, slot: str, rng: random.Random) -> str:
+    """A wrong value; half of the time, where there is one, the value that a distractor of the same post names."""
+    nearby = post.distractors.get(slot)
+    return nearby if nearby and rng.random() < 0.5 else _other(rng, slot, post.facts[slot])
 
 
 def _without(facts: Mapping[str, str], dropped: Sequence[str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ def main(spec_path: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
+    logging.info("%s of run %s, process %d", spec.role, spec.run_id, os.getpid())
     lifeline = Lifeline(spec)
     try:
         if spec.kind == "learner":

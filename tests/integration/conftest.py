@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from runs import Inputs, Run, train  # noqa: E402
+from small_folders import save_model  # noqa: E402
+
+# Big enough for vLLM's attention kernels, small enough to start at once.
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
+
+
+def make_inputs(folder: Path, family: str) -> Inputs:
+    tied = {"tie_word_embeddings": True} if family == "llama" else {}
+    policy = save_model(folder / "policy", family, seed=1, **SIZES, **tied)
+    reward_model = save_model(folder / "reward", "llama", reward=True, seed=2, **SIZES)
+    rows = [{"prompt": f"Say number {i}: ", "reference": f" it is {i}"} for i in range(80)]
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Inputs(policy=Path(policy), reward_model=Path(reward_model), prompts=prompts)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="session")
+def neox(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("neox"), "neox")
+
+
+@pytest.fixture(scope="session")
+def one_by_one(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The plainest run: one actor, one learner, SimPO."""
+    return train(llama, tmp_path_factory.mktemp("runs") / "one-by-one", "--algo", "simpo")

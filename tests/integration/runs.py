@@ -1,0 +1,104 @@
+"""Starting ``oatlite train`` as a person does, on models and prompts that the tests make."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Every run of these tests puts its private folder here, so that what is left behind is known to be theirs.
+TEMPORARY = Path(tempfile.mkdtemp(prefix="ot-"))
+ENVIRONMENT = os.environ | {"TMPDIR": str(TEMPORARY)}
+OATLITE = Path(sys.executable).with_name("oatlite")
+DEADLINE_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Folders of a policy, a reward model and a file of prompts with references."""
+
+    policy: Path
+    reward_model: Path
+    prompts: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    folder: Path
+    exit_code: int
+    output: str
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in read_lines(self.folder / "metrics.jsonl") if record["kind"] == kind]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Everything but what the clock measured."""
+        return [{k: v for k, v in r.items() if k != "perf"} for r in read_lines(self.folder / "metrics.jsonl")]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def command(inputs: Inputs, folder: Path, *more: str) -> list[str]:
+    return [
+        *(str(OATLITE), "train", "--gpus", "0", "--ui", "plain"),
+        *("--model", str(inputs.policy), "--oracle", str(inputs.reward_model), "--prompts", str(inputs.prompts)),
+        *("--run-dir", str(folder.parent), "--name", folder.name),
+        *("--prompts-per-step", "16", "--micro-batch-size", "4", "--max-new-tokens", "12", "--max-prompts", "48"),
+        *("--eval-every", "2", "--eval-prompts", "8", "--lr", "0.001", "--temperature", "1.0"),
+        *more,
+    ]
+
+
+def train(inputs: Inputs, folder: Path, *more: str) -> Run:
+    return run_to_end(command(inputs, folder, *more), folder)
+
+
+def run_to_end(arguments: list[str], folder: Path) -> Run:
+    done = subprocess.run(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=DEADLINE_S, env=ENVIRONMENT
+    )
+    return Run(folder=folder, exit_code=done.returncode, output=done.stdout)
+
+
+def start(inputs: Inputs, folder: Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(inputs, folder, *more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=ENVIRONMENT,
+    )
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Processes, shared memory and private folders of the run in ``folder``, known by the run's id in its logs."""
+    logs = "".join(path.read_text(errors="replace") for path in (folder / "logs").glob("*.log"))
+    found = [str(path) for path in TEMPORARY.glob("oatlite-*")]
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and str(TEMPORARY).encode() in (entry / "cmdline").read_bytes():
+                found.append((entry / "cmdline").read_text())
+    for run_id in set(re.findall(r"of run ([0-9a-f]+)", logs)):
+        found += [str(path) for path in Path("/dev/shm").glob(f"oatlite-{run_id}-*")]
+    return found
+
+
+def worker_pids(role: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit():
+                words = (entry / "cmdline").read_bytes()
+                if str(TEMPORARY).encode() in words and f"{role}.json".encode() in words:
+                    found.append(int(entry.name))
+    return found

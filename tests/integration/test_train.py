@@ -1,0 +1,171 @@
+"""``oatlite train`` as a process, with vLLM and DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from runs import OATLITE, Inputs, Run, leftovers, read_lines, run_to_end, start, train, worker_pids
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+EXAMPLE = Path(__file__).parents[1] / "unit" / "example_algorithm.py"
+
+
+def test_a_run_ends_well_and_leaves_what_it_should(one_by_one: Run) -> None:
+    assert one_by_one.exit_code == 0, one_by_one.output
+    assert [record["step"] for record in one_by_one.records("step")] == [1, 2, 3]
+    assert [record["step"] for record in one_by_one.records("eval")] == [0, 2, 3]
+    assert [record["policy_version"] for record in one_by_one.records("step")] == [0, 1, 2]
+    assert sorted(path.name for path in one_by_one.folder.iterdir()) == [
+        *("config.toml", "eval", "logs", "metrics.jsonl", "model", "samples.jsonl")
+    ]
+    assert sorted(path.name for path in (one_by_one.folder / "logs").iterdir()) == ["actor-0.log", "learner-0.log"]
+    assert leftovers(one_by_one.folder) == []
+
+
+def test_samples_and_evaluations_are_saved_whole(one_by_one: Run) -> None:
+    pairs = read_lines(one_by_one.folder / "samples.jsonl")
+    assert len(pairs) == 48
+    assert {pair["step"] for pair in pairs} == {1, 2, 3}
+    assert all(0.5 <= pair["win_probability"] <= 1 and pair["samplers"] == ["policy", "policy"] for pair in pairs)
+    rows = read_lines(one_by_one.folder / "eval" / "step-000003.jsonl")
+    assert len(rows) == 8
+    wins = [row["win_probability"] for row in rows]
+    record = one_by_one.records("eval")[-1]
+    assert record["win_probability"] == pytest.approx(sum(wins) / 8)
+    assert record["win_rate"] == pytest.approx(sum(win > 0.5 for win in wins) / 8)
+
+
+def test_the_learner_agrees_with_the_sampler_after_every_sync(one_by_one: Run) -> None:
+    """Float32 on one machine: what is left is rounding. Stale or torn weights would show at once, at this rate."""
+    for record in one_by_one.records("step"):
+        assert record["mismatch_mean"] < 1e-4
+        assert record["mismatch_outside"] == 0
+        assert record["staleness"] == 0
+
+
+def test_training_moves_the_policy_and_the_saved_model_loads(one_by_one: Run, llama: Inputs) -> None:
+    before = AutoModelForCausalLM.from_pretrained(llama.policy).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(one_by_one.folder / "model").state_dict()
+    assert before.keys() == after.keys()
+    assert any((before[name] - after[name]).abs().max() > 1e-4 for name in before)
+    assert len(AutoTokenizer.from_pretrained(one_by_one.folder / "model")) == len(
+        AutoTokenizer.from_pretrained(llama.policy)
+    )
+
+
+def test_the_saved_configuration_repeats_the_run_bit_for_bit(one_by_one: Run, llama: Inputs, tmp_path: Path) -> None:
+    config = one_by_one.folder / "config.toml"
+    assert tomllib.loads(config.read_text())["model"]["path"] == str(llama.policy)
+    again = train_from(config, tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert again.metrics() == one_by_one.metrics()
+    assert read_lines(again.folder / "samples.jsonl") == read_lines(one_by_one.folder / "samples.jsonl")
+
+
+def train_from(config: Path, folder: Path) -> Run:
+    arguments = ["train", "--config", str(config), "--run-dir", str(folder.parent), "--name", folder.name]
+    return run_to_end([str(OATLITE), *arguments], folder)
+
+
+def test_two_actors_sample_the_same_responses(one_by_one: Run, llama: Inputs, tmp_path: Path) -> None:
+    run = train(llama, tmp_path / "two-actors", "--algo", "simpo", "--actors", "2", "--max-prompts", "16")
+    assert run.exit_code == 0, run.output
+    one = [pair for pair in read_lines(one_by_one.folder / "samples.jsonl") if pair["step"] == 1]
+    two = read_lines(run.folder / "samples.jsonl")
+    # The order of prompts hangs on their number, so pairs are found by prompt; the seeds hang on the prompt alone.
+    by_prompt = {pair["prompt"]: {pair["chosen"], pair["rejected"]} for pair in two}
+    shared = [pair for pair in one if pair["prompt"] in by_prompt]
+    assert len(shared) >= 3
+    same = [by_prompt[pair["prompt"]] == {pair["chosen"], pair["rejected"]} for pair in shared]
+    assert sum(same) >= 0.99 * len(same)
+
+
+def test_two_ranks_with_two_actors_learn_what_one_does(one_by_one: Run, llama: Inputs, tmp_path: Path) -> None:
+    run = train(llama, tmp_path / "two-by-two", "--algo", "simpo", "--actors", "2", "--learners", "2")
+    assert run.exit_code == 0, run.output
+    for one, two in zip(one_by_one.records("step"), run.records("step"), strict=True):
+        assert two["queries"] == one["queries"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["reward"] == pytest.approx(one["reward"], rel=1e-2)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+    assert len(read_lines(run.folder / "eval" / "step-000000.jsonl")) == 8
+
+
+def test_dpo_on_gpt_neox_offline(neox: Inputs, tmp_path: Path) -> None:
+    run = train(neox, tmp_path / "offline", "--algo", "dpo", "--sync-every", "1000", "--set", "sync.bucket_mib=1")
+    assert run.exit_code == 0, run.output
+    steps = run.records("step")
+    assert [record["policy_version"] for record in steps] == [0, 0, 0]
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert abs(steps[-1]["kl"]) > 1e-4
+    evals = run.records("eval")
+    assert evals[-1]["win_probability"] != evals[0]["win_probability"]
+
+
+def test_an_algorithm_of_a_users_own(llama: Inputs, tmp_path: Path) -> None:
+    run = train(llama, tmp_path / "own", "--algo", f"{EXAMPLE}:FarApart", "--set", "algorithm.options.margin=0.5")
+    assert run.exit_code == 0, run.output
+    assert run.records("step")[-1]["queries"] == 48
+
+
+@pytest.mark.parametrize("stage", ["starting", "generate", "learn"])
+def test_ctrl_c_leaves_nothing(stage: str, llama: Inputs, tmp_path: Path) -> None:
+    run = tmp_path / stage
+    process = start(llama, run, "--max-prompts", "72", "--epochs", "200")
+    try:
+        seen = _wait_for_stage(process, stage)
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, seen + rest
+    assert leftovers(run) == []
+    assert "Traceback" not in seen + rest
+
+
+def _wait_for_stage(process: subprocess.Popen[str], stage: str) -> str:
+    seen = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen += line
+        if f" {stage}" in line and ("actor" in line if stage == "generate" else "learner" in line):
+            return seen
+    raise AssertionError(f"no stage {stage} in:\n{seen}")
+
+
+def test_sigterm_ends_with_143(llama: Inputs, tmp_path: Path) -> None:
+    process = start(llama, tmp_path / "term", "--epochs", "200")
+    _wait_for_stage(process, "generate")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert leftovers(tmp_path / "term") == []
+
+
+def test_a_killed_actor_is_replaced_and_the_run_is_the_same(one_by_one: Run, llama: Inputs, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    process = start(llama, run, "--algo", "simpo")
+    seen = _wait_for_stage(process, "generate")
+    os.kill(worker_pids("actor-0")[0], signal.SIGKILL)
+    rest, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, seen + rest
+    assert "actor 0 was killed by SIGKILL; restart 1" in seen + rest
+    assert Run(run, 0, "").metrics() == one_by_one.metrics()
+    assert leftovers(run) == []
+
+
+def test_a_killed_learner_ends_the_run_with_its_name(llama: Inputs, tmp_path: Path) -> None:
+    process = start(llama, tmp_path / "learner", "--epochs", "200")
+    seen = _wait_for_stage(process, "generate")
+    os.kill(worker_pids("learner-0")[0], signal.SIGKILL)
+    rest, _ = process.communicate(timeout=30)
+    assert process.returncode == 3, seen + rest
+    last = rest.strip().splitlines()[-1]
+    assert "learner 0 was killed by SIGKILL" in last
+    assert "learner-0.log" in last
+    assert leftovers(tmp_path / "learner") == []
