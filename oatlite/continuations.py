@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from oatlite.errors import ConfigError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-def text_columns(source: str, split: str, keys: Sequence[str]) -> list[tuple[str, ...]]:
-    """Read the text columns ``keys`` of a data source; rows where one of them is empty or missing are left out.
+
+def text_columns(rows: Dataset, source: str, keys: Sequence[str]) -> list[tuple[str, ...]]:
+    """The text columns ``keys`` of ``rows``, which came from ``source``; without the rows that lack one of them.
 
     Raises ConfigError when a column is not there, holds no text, or no row is left.
     """
-    from oatlite.data import load_rows
-
-    rows = load_rows(source, split)
     if missing := [key for key in keys if key not in rows.column_names]:
         raise ConfigError(
             f"{source} has no column {', '.join(missing)}",
@@ -28,7 +29,7 @@ def text_columns(source: str, split: str, keys: Sequence[str]) -> list[tuple[str
         raise ConfigError(f"{source} holds {', '.join(sorted(strange))} in {', '.join(keys)}", "name columns of text")
     complete = [row for row in table if all(row)]
     if not complete:
-        raise ConfigError(f"{source} has no row with text in {', '.join(keys)}")
+        raise ConfigError(f"{source} has no row with text in {', '.join(keys)}", "name other columns, or other data")
     return complete
 
 

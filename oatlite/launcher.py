@@ -58,9 +58,11 @@ class LocalLauncher:
         base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
         self.run_id = secrets.token_hex(6)
         self.private_dir = Path(tempfile.mkdtemp(prefix="oatlite-", dir=base))
-        arguments = [str(self.private_dir), f"{segment_prefix}{self.run_id}-"]
+        self._leftovers = [str(self.private_dir), f"{segment_prefix}{self.run_id}-"]
         self._reaper = subprocess.Popen(
-            [sys.executable, "-I", "-S", reaper.__file__, *arguments], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-I", "-S", reaper.__file__, *self._leftovers],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
         )
         self._workers: list[Worker] = []
 
@@ -72,7 +74,8 @@ class LocalLauncher:
         assert self._reaper.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._reaper.stdin.close()
-        self._reaper.wait(REAPER_S)
+        if self._reaper.wait(REAPER_S) != 0:  # it was killed itself
+            reaper.remove_leftovers(*self._leftovers)
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Worker:
         """Start ``command`` with output to the end of ``log``; the reaper knows of it from its first moment."""
@@ -110,5 +113,6 @@ class LocalLauncher:
 
     def _tell_reaper(self, sign: str, worker: Worker) -> None:
         assert self._reaper.stdin is not None
-        self._reaper.stdin.write(f"{sign}{worker.pid}\n".encode())
-        self._reaper.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # a reaper that was killed must not keep the others from being stopped
+            self._reaper.stdin.write(f"{sign}{worker.pid}\n".encode())
+            self._reaper.stdin.flush()

@@ -7,6 +7,7 @@ supervisor closed it or was killed, it kills what is left and removes the run's 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -27,9 +28,14 @@ def main(private_dir: str, segment_prefix: str) -> None:
         else:
             groups.discard(group)
     _kill(groups)
+    remove_leftovers(private_dir, segment_prefix)
+
+
+def remove_leftovers(private_dir: str, segment_prefix: str) -> None:
     for entry in os.listdir("/dev/shm"):
         if entry.startswith(segment_prefix):
-            os.unlink(os.path.join("/dev/shm", entry))
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join("/dev/shm", entry))
     shutil.rmtree(private_dir, ignore_errors=True)
 
 

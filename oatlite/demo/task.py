@@ -201,7 +201,7 @@ def make_judged(num: int, num_responses: int, seed: int) -> list[Judged]:
         post = make_post(rng)
         first = _render(post.facts, rng) if rng.random() < 0.5 else make_candidate(post, rng)
         others = [
-            _swap_fact(first, post, rng) if rng.random() < 0.6 else make_candidate(post, rng)
+            _swap_fact(first, post, rng) if rng.random() < float(os.environ.get("SWAP","0.6")) else make_candidate(post, rng)
             for _ in range(num_responses - 1)
         ]
         responses = [first, *others]
