@@ -113,6 +113,7 @@ class LocalLauncher:
 
     def _tell_reaper(self, sign: str, worker: Worker) -> None:
         assert self._reaper.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a reaper that was killed must not keep the others from being stopped
+        # A reaper that was killed must not keep the workers from being stopped.
+        with contextlib.suppress(BrokenPipeError):
             self._reaper.stdin.write(f"{sign}{worker.pid}\n".encode())
             self._reaper.stdin.flush()

@@ -41,7 +41,7 @@ MOMENT_S = 0.2  # for a message to arrive; a test that loses this race passes, i
 VOCAB_SIZE = 100
 NUM_BUCKETS = 5
 SHAPES = [(f"layers.{i}.weight", (8, 8)) for i in range(NUM_BUCKETS)]
-SAMPLING = SamplingOptions(temperature=1.0, top_p=0.9, top_k=3, max_new_tokens=4)
+SAMPLING = SamplingOptions(temperature=1.0, top_p=0.9, top_k=3, max_new_tokens=6)
 DIE = "die"
 
 
@@ -429,9 +429,9 @@ SPOILT_CANDIDATES = {
         texts=lambda v: v[1:],
     ),
     "a response that is too long": spoilt(
-        response_lengths=lambda v: np.array([5, *v[1:]], np.int32),
-        response_tokens=lambda v: np.concatenate([np.zeros(5 - 2, np.int32), v]),
-        sampler_logprobs=lambda v: np.concatenate([np.zeros(5 - 2, np.float32), v]),
+        response_lengths=lambda v: np.array([7, *v[1:]], np.int32),
+        response_tokens=lambda v: np.concatenate([np.zeros(7 - 2, np.int32), v]),
+        sampler_logprobs=lambda v: np.concatenate([np.zeros(7 - 2, np.float32), v]),
     ),
     "another kind": lambda message, answer: [
         PreferenceBatch(

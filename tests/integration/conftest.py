@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "unit"), str(ROOT / "benchmarks")]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from runs import Inputs, Run, train  # noqa: E402

@@ -85,7 +85,7 @@ def litter(launcher):
 
 def start_family(launcher, log):
     worker = launcher.start(FAMILY, os.environ, log)
-    wait_for(lambda: len(members(worker.pid)) >= 4)
+    wait_for(lambda: len(members(worker.pid)) >= 3)
     return worker
 
 
@@ -209,21 +209,20 @@ def owned(log):
     command = [sys.executable, "-c", textwrap.dedent(OWNER), arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     run = json.loads(process.stdout.readline())
-    wait_for(
-        lambda: (
-            [len(members(group)) >= least for group, least in zip(run["groups"], (4, 2, 1), strict=True)] == [True] * 3
-        )
-    )
-    yield process, run
-    process.kill()
-    process.wait(SOON_S)
-    process.stdout.close()
-    for group in run["groups"]:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(run["segment"])
-    shutil.rmtree(run["private_dir"], ignore_errors=True)
+    try:
+        for group, size in zip(run["groups"], (3, 2, 1), strict=True):
+            wait_for(lambda group=group, size=size: len(members(group)) >= size)
+        yield process, run
+    finally:
+        process.kill()
+        process.wait(SOON_S)
+        process.stdout.close()
+        for group in run["groups"]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(run["segment"])
+        shutil.rmtree(run["private_dir"], ignore_errors=True)
 
 
 def test_killing_the_launcher_leaves_nothing(owned, other_segment):

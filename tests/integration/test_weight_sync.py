@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,54 +11,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZES
+from one_actor import one_actor
 from runs import Inputs
 from small_folders import VOCAB_SIZE, save_model
 
-from oatlite.config.schema import Config
-from oatlite.launcher import LocalLauncher
 from oatlite.models import load_policy
-from oatlite.transport import Hub, address
-from oatlite.weights import WeightExporter, create_buffer, plan_layout
-from oatlite.workers.rollout import ActorPool, Deadlines, SamplingOptions
-from oatlite.workers.spec import WorkerSpec, rollout_socket
+from oatlite.weights import plan_layout
+from oatlite.workers.rollout import SamplingOptions
 
 MAX_NEW_TOKENS = 16
 DECIDED = 1e-4  # nearer logits than that may be decided by rounding
 GREEDY = SamplingOptions(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
-
-
-@contextmanager
-def actor_pool(policy: Path, reward_model: Path, model: torch.nn.Module, bucket_bytes: int, logs: Path) -> Iterator[ActorPool]:
-    """A learner's end whose actor is a real process with a real engine."""
-    with LocalLauncher("oatlite-") as launcher:
-        spec = WorkerSpec(
-            run_id=launcher.run_id,
-            kind="actor",
-            index=0,
-            run_dir=logs,
-            private_dir=launcher.private_dir,
-            device="cpu",
-            threads=2,
-            max_model_len=64,
-            num_steps=1,
-            config=Config.model_validate(
-                {
-                    "model": {"path": str(policy), "dtype": "float32"},
-                    "oracle": {"path": str(reward_model), "dtype": "float32"},
-                }
-            ),
-        )
-        layout = plan_layout([(n, tuple(p.shape)) for n, p in model.named_parameters()], torch.float32, bucket_bytes)
-        buffer = create_buffer("shm", layout.buffer_bytes, launcher.run_id, torch.device("cpu"))
-        hub = Hub(address(launcher.private_dir, rollout_socket(0)), launcher.run_id)
-        deadlines = Deadlines(start_s=300, generate_s=120, oracle_s=60, sync_s=60)
-        pool = ActorPool(hub, ["actor-0"], launcher.run_id, deadlines, WeightExporter(layout, buffer), VOCAB_SIZE)
-        environment = os.environ | {"OMP_NUM_THREADS": "2", "TMPDIR": str(launcher.private_dir)}
-        launcher.start([sys.executable, "-m", "oatlite.workers", str(spec.write())], environment, logs / "actor.log")
-        pool.wait_until_ready()
-        yield pool
-        pool.stop()
-        pool.close()
 
 
 def decided_tokens(model: torch.nn.Module, prompt: np.ndarray) -> list[int]:
@@ -94,10 +56,11 @@ def test_greedy_tokens_equal_hugging_faces(
         yield model.get_parameter
 
     seen: list[list[list[int]]] = []
-    with actor_pool(policy, llama.reward_model, model, bucket_bytes, tmp_path) as pool:
+    layout = plan_layout([(n, tuple(p.shape)) for n, p in model.named_parameters()], torch.float32, bucket_bytes)
+    with one_actor(policy, llama.reward_model, layout, VOCAB_SIZE, tmp_path) as pool:
         for version in range(4):
             checksums = pool.sync(version, source)
-            assert len(set(checksums)) == len(checksums) == pool._exporter.layout.num_buckets
+            assert len(set(checksums)) == len(checksums) == layout.num_buckets
             found, _ = pool.generate(prompts, np.zeros((len(prompts), 1), np.uint64), ["policy"], GREEDY)
             tokens = [candidates[0].tokens.tolist() for candidates in found]
             expected = [decided_tokens(model, prompt) for prompt in prompts]
@@ -108,4 +71,4 @@ def test_greedy_tokens_equal_hugging_faces(
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    assert all(one != other for one, other in zip(seen, seen[1:], strict=False)), "the weights never changed"
+    assert all(one != other for one, other in itertools.pairwise(seen)), "the weights never changed"

@@ -1,0 +1,47 @@
+"""A learner's end with one real actor process behind it, for what needs no learner."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from oatlite.config.schema import Config
+from oatlite.launcher import LocalLauncher
+from oatlite.transport import Hub, address
+from oatlite.weights import SHM_PREFIX, Layout, WeightExporter, create_buffer
+from oatlite.workers.rollout import ActorPool, Deadlines
+from oatlite.workers.spec import WorkerSpec, rollout_socket
+
+
+@contextmanager
+def one_actor(policy: Path, reward_model: Path, layout: Layout, vocab_size: int, logs: Path) -> Iterator[ActorPool]:
+    """An actor in float32 on CPU with an engine for 64 tokens, ready to be synced; its log is ``logs/actor.log``."""
+    paths = {"model": {"path": str(policy), "dtype": "float32"}, "oracle": {"path": str(reward_model), "dtype": "float32"}}
+    with LocalLauncher(SHM_PREFIX) as launcher:
+        spec = WorkerSpec(
+            run_id=launcher.run_id,
+            kind="actor",
+            index=0,
+            run_dir=logs,
+            private_dir=launcher.private_dir,
+            device="cpu",
+            threads=len(os.sched_getaffinity(0)),
+            max_model_len=64,
+            num_steps=1,
+            config=Config.model_validate(paths),
+        )
+        buffer = create_buffer("shm", layout.buffer_bytes, launcher.run_id, torch.device("cpu"))
+        hub = Hub(address(launcher.private_dir, rollout_socket(0)), launcher.run_id)
+        deadlines = Deadlines(start_s=300, generate_s=120, oracle_s=60, sync_s=60)
+        pool = ActorPool(hub, [spec.role], launcher.run_id, deadlines, WeightExporter(layout, buffer), vocab_size)
+        environment = os.environ | {"TMPDIR": str(launcher.private_dir), "OMP_WAIT_POLICY": "PASSIVE"}
+        launcher.start([sys.executable, "-m", "oatlite.workers", str(spec.write())], environment, logs / "actor.log")
+        pool.wait_until_ready()
+        yield pool
+        pool.stop()
+        pool.close()
