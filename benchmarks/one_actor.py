@@ -21,7 +21,10 @@ from oatlite.workers.spec import WorkerSpec, rollout_socket
 @contextmanager
 def one_actor(policy: Path, reward_model: Path, layout: Layout, vocab_size: int, logs: Path) -> Iterator[ActorPool]:
     """An actor in float32 on CPU with an engine for 64 tokens, ready to be synced; its log is ``logs/actor.log``."""
-    paths = {"model": {"path": str(policy), "dtype": "float32"}, "oracle": {"path": str(reward_model), "dtype": "float32"}}
+    paths = {
+        "model": {"path": str(policy), "dtype": "float32"},
+        "oracle": {"path": str(reward_model), "dtype": "float32"},
+    }
     with LocalLauncher(SHM_PREFIX) as launcher:
         spec = WorkerSpec(
             run_id=launcher.run_id,

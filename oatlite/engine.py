@@ -107,7 +107,7 @@ class Engine:
         self.state = State.READY
 
     @property
-    def model(self) -> torch.nn.Module:
+    def model(self) -> Any:
         """The module that vLLM runs, for checks and for loading weights."""
         return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
 
@@ -159,9 +159,7 @@ class Engine:
         """Generate once so that kernels are ready before the first timed step; returns seconds."""
         start = time.perf_counter()
         for count in (1, 8):
-            self.generate(
-                [prompt] * count, range(count), temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=4
-            )
+            self.generate([prompt] * count, range(count), temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=4)
         self._llm.reset_prefix_cache()
         return time.perf_counter() - start
 

@@ -32,7 +32,7 @@ def load_callable(name: str) -> Callable[..., Any]:
     value = getattr(module, attribute)
     if not callable(value):
         raise ConfigError(f"{name} is {type(value).__name__}, and must be a function or a class")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _import(place: str) -> ModuleType:

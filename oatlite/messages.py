@@ -7,7 +7,6 @@ Both ends check the declared limits, the sender before it sends and the receiver
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -381,23 +380,23 @@ MESSAGES: dict[str, type[Message]] = {
 }
 
 
-@functools.cache
-def _specs(cls: type[Message]) -> dict[str, _Spec]:
-    return {f.name: f.metadata["spec"] for f in dataclasses.fields(cls)}
+_SPECS: dict[type[Message], dict[str, _Spec]] = {
+    cls: {f.name: f.metadata["spec"] for f in dataclasses.fields(cls)} for cls in MESSAGES.values()
+}
 
 
 def encode(message: Message) -> list[bytes | memoryview]:
     """Return the frames of ``message``. Raises MalformedMessage where it breaks its own limits."""
     values: dict[str, Any] = {}
     arrays: list[bytes | memoryview] = []
-    for name, spec in _specs(type(message)).items():
+    for name, spec in _SPECS[type(message)].items():
         value = getattr(message, name)
         try:
             spec.check(value)
         except MalformedMessage as error:
             raise MalformedMessage(f"{type(message).__name__}.{name}: {error}") from None
         if isinstance(spec, _Array):
-            arrays.append(memoryview(np.ascontiguousarray(value)).cast("B"))
+            arrays.append(np.ascontiguousarray(value).data.cast("B"))
         else:
             values[name] = value
     message.validate()
@@ -416,7 +415,9 @@ def decode(frames: Sequence[bytes | memoryview]) -> Message:
         header = msgpack.unpackb(frames[0], raw=False, max_array_len=MAX_ITEMS, max_map_len=MAX_FIELDS, max_ext_len=0)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise MalformedMessage(f"header is not msgpack: {type(error).__name__}") from None
-    if not (isinstance(header, list) and len(header) == 2 and isinstance(header[0], str) and isinstance(header[1], dict)):
+    if not (
+        isinstance(header, list) and len(header) == 2 and isinstance(header[0], str) and isinstance(header[1], dict)
+    ):
         raise MalformedMessage("header is no [name, fields]")
     name, values = header
     cls = MESSAGES.get(name)
@@ -428,7 +429,7 @@ def decode(frames: Sequence[bytes | memoryview]) -> Message:
 
 
 def _read_fields(cls: type[Message], values: dict[str, Any], arrays: list[bytes | memoryview]) -> dict[str, Any]:
-    specs = _specs(cls)
+    specs = _SPECS[cls]
     array_names = [name for name, spec in specs.items() if isinstance(spec, _Array)]
     if set(values) != set(specs) - set(array_names) or len(arrays) != len(array_names):
         raise MalformedMessage(f"{cls.__name__}: wrong set of fields")
@@ -458,5 +459,3 @@ def join(parts: Sequence[npt.NDArray[Any]], dtype: str) -> tuple[npt.NDArray[Any
 def cut(flat: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
     """Undo :func:`join`."""
     return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
-
-

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -92,7 +92,7 @@ class PairModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Log-probabilities (N,) float32 of ``batch.targets``."""
@@ -159,7 +159,9 @@ def _mask(part_ids: torch.Tensor, layout: LayoutName) -> torch.Tensor:
         return (part_ids >= 0).long()
     length = part_ids.shape[1]
     query, key = part_ids[:, :, None], part_ids[:, None, :]
-    visible = ((key == query) | (key == 0)) & torch.ones(length, length, dtype=torch.bool, device=part_ids.device).tril()
+    visible = ((key == query) | (key == 0)) & torch.ones(
+        length, length, dtype=torch.bool, device=part_ids.device
+    ).tril()
     additive = torch.zeros(visible.shape, device=part_ids.device)
     # finfo.min and not -inf: a model in bfloat16 or a fused kernel turns rows of -inf into NaN.
     return additive.masked_fill_(~visible, torch.finfo(torch.bfloat16).min)[:, None]

@@ -75,13 +75,14 @@ def train(config: Config) -> int:
     plan = check(effective)
     run_dir = _create_run_dir(config)
     title = f"{run_dir.name}  {config.algorithm.name}  {config.model.path}"
-    with LocalLauncher(SEGMENT_PREFIX) as launcher:
-        with open_console(config.run.ui, title=title, total_steps=plan.total_steps) as console:
-            _note_dropped(console, plan)
-            supervisor = Supervisor(effective, plan, run_dir, launcher, console)
-            started = time.monotonic()
-            supervisor.run()
-            console.close(_summary(plan, run_dir, time.monotonic() - started))
+    with (
+        LocalLauncher(SEGMENT_PREFIX) as launcher,
+        open_console(config.run.ui, title=title, total_steps=plan.total_steps) as console,
+    ):
+        _note_dropped(console, plan)
+        started = time.monotonic()
+        Supervisor(effective, plan, run_dir, launcher, console).run()
+        console.close(_summary(plan, run_dir, time.monotonic() - started))
     return 0
 
 
@@ -111,7 +112,9 @@ def _create_run_dir(config: Config) -> Path:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         (run_dir / "config.toml").write_text(dump_toml(config), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write the run folder {run_dir}: {error.strerror}", "give another --run-dir") from None
+        raise ConfigError(
+            f"cannot write the run folder {run_dir}: {error.strerror}", "give another --run-dir"
+        ) from None
     return run_dir.resolve()
 
 

@@ -20,7 +20,9 @@ def build_algorithm(config: AlgorithmConfig) -> Algorithm:
         return ALGORITHMS[config.name](config)
     cls = load_callable(config.name)
     if not (isinstance(cls, type) and issubclass(cls, Algorithm)):
-        raise ConfigError(f"--algo {config.name} is not an Algorithm", "derive it from oatlite.algorithms.base.Algorithm")
+        raise ConfigError(
+            f"--algo {config.name} is not an Algorithm", "derive it from oatlite.algorithms.base.Algorithm"
+        )
     try:
         return cls(cls.Options(**config.options))
     except ValidationError as error:

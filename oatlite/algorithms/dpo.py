@@ -20,6 +20,4 @@ class DPO(Algorithm):
 
     def loss(self, policy: ResponseLogprobs, reference: ResponseLogprobs | None) -> PairLosses:
         assert reference is not None
-        return losses.dpo(
-            policy.chosen, policy.rejected, reference.chosen, reference.rejected, beta=self.options.beta
-        )
+        return losses.dpo(policy.chosen, policy.rejected, reference.chosen, reference.rejected, beta=self.options.beta)

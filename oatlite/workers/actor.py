@@ -184,4 +184,3 @@ class Actor:
             read_s=read_s,
             load_s=time.perf_counter() - start - read_s,
         )
-

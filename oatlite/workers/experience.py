@@ -71,7 +71,9 @@ class Experience:
                 [self._prompts.tokens[i] for i in indices], seeds, samplers, sampling_options(self._config.sampling)
             )
         sets = [
-            CandidateSet(prompt=self._prompts.raw_texts[i], prompt_tokens=self._prompts.tokens[i], candidates=candidates)
+            CandidateSet(
+                prompt=self._prompts.raw_texts[i], prompt_tokens=self._prompts.tokens[i], candidates=candidates
+            )
             for i, candidates in zip(indices, found, strict=True)
         ]
         duels = self._algorithm.select(sets, {}, self._draws(SELECT_DRAWS, step))
@@ -115,15 +117,13 @@ class Experience:
             chosen, rejected = (first[b], second[b]) if first_wins[b] else (second[b], first[b])
             rollouts.pairs.append(
                 TrainingPair(
-                    tokens=TokenPair(
-                        prompt=contest.prompt_tokens, chosen=chosen.tokens, rejected=rejected.tokens
-                    ),
+                    tokens=TokenPair(prompt=contest.prompt_tokens, chosen=chosen.tokens, rejected=rejected.tokens),
                     sampler_logprobs=np.concatenate([chosen.logprobs, rejected.logprobs]),
                     is_trainable=bool(trainable[b]),
                 )
             )
             win = float(verdicts.first_win[b])
-            row = {
+            row: dict[str, Any] = {
                 "step": step,
                 "prompt": contest.prompt,
                 "chosen": chosen.text,
@@ -166,9 +166,7 @@ def sample_seeds(run_seed: int, purpose: int, epoch: int, rows: Sequence[int], n
 
     So a sample does not depend on how many actors there are, on a restart, or on what was drawn before.
     """
-    seeds = [
-        _hash(run_seed, purpose, epoch, row, sample) for row in rows for sample in range(num_samples)
-    ]
+    seeds = [_hash(run_seed, purpose, epoch, row, sample) for row in rows for sample in range(num_samples)]
     return np.array(seeds, np.uint64).reshape(len(rows), num_samples)
 
 

@@ -89,9 +89,7 @@ class Learner:
         """Add the ranks' numbers up and write the record of the step."""
         means = self._add_up(rollouts.means | stats.means())
         num_trained = sum(pair.is_trainable for pair in rollouts.pairs)
-        pairs, trained, tokens = map(
-            int, self._ranks.add_up([len(rollouts.pairs), num_trained, rollouts.num_tokens])
-        )
+        pairs, trained, tokens = map(int, self._ranks.add_up([len(rollouts.pairs), num_trained, rollouts.num_tokens]))
         self._num_queries += pairs
         rows = self._gather(rollouts.rows)
         if self._journal is None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from oatlite.algorithms import Algorithm, build_algorithm
+from oatlite.algorithms import build_algorithm
+from oatlite.algorithms.base import Algorithm
 from oatlite.config.schema import Config
 from oatlite.data import load_prompts, load_tokenizer
 from oatlite.loading import load_callable

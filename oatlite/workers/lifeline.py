@@ -71,9 +71,7 @@ class Lifeline:
         else:
             code, message, fix = 3, f"{type(error).__name__}: {error}", ""
         self._outbox.put(
-            Failure(
-                run_id=self._run_id, role=self._role, exit_code=code, message=message[:2000], fix=fix[:2000]
-            )
+            Failure(run_id=self._run_id, role=self._role, exit_code=code, message=message[:2000], fix=fix[:2000])
         )
         self.close()
         return code

@@ -39,9 +39,7 @@ class WorkerSpec(BaseModel):
 
     def actors_of(self, rank: int) -> list[str]:
         return [
-            role_name("actor", i)
-            for i in range(int(self.config.placement.actors or 1))
-            if self.learner_of(i) == rank
+            role_name("actor", i) for i in range(int(self.config.placement.actors or 1)) if self.learner_of(i) == rank
         ]
 
     def write(self) -> Path:

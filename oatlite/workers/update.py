@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from oatlite.maths.logprobs import mismatch
 from oatlite.maths.pairs import ResponseLogprobs
 from oatlite.messages import Float32
 from oatlite.metrics.records import Mean
-from oatlite.models import ForwardBatch, LayoutName, PairModel, TokenPair, lay_out
+from oatlite.models import ForwardBatch, LayoutName, TokenPair, lay_out
 from oatlite.trainer import StepResult
 
 
@@ -70,7 +70,7 @@ class Updater:
         self,
         trainer: TrainerLike,
         algorithm: Algorithm,
-        reference: PairModel | None,
+        reference: Callable[[ForwardBatch], torch.Tensor] | None,
         *,
         layout: LayoutName,
         pad_token_id: int,
@@ -148,6 +148,4 @@ class Updater:
         stats.mismatch_max = max(stats.mismatch_max, found["abs_difference_max"])
 
 
-_PLACEHOLDER = TokenPair(
-    prompt=np.zeros(1, np.int32), chosen=np.zeros(1, np.int32), rejected=np.zeros(1, np.int32)
-)
+_PLACEHOLDER = TokenPair(prompt=np.zeros(1, np.int32), chosen=np.zeros(1, np.int32), rejected=np.zeros(1, np.int32))

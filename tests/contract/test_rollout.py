@@ -306,11 +306,11 @@ def assert_holds(actor, version):
         assert torch.equal(tensor, expected[name]), name
 
 
-def at(kind, action, life=0):
-    """A script that runs ``action(message, answer)`` on the messages of a kind, in one life, and else does right."""
+def at(kind, action):
+    """A script that runs ``action(message, answer)`` on the messages of a kind in the first life, and else does right."""
 
     def script(number, message, answer):
-        if number == life and isinstance(message, kind):
+        if number == 0 and isinstance(message, kind):
             return action(message, answer)
         return [answer] if answer is not None else []
 
@@ -531,6 +531,17 @@ def test_a_second_answer_to_a_request_is_dropped_and_counted(world):
     assert_generated(generate(pool)[0])
     assert_generated(generate(pool)[0])
     assert world.hub.dropped == Counter(unexpected=1)
+
+
+def test_a_second_answer_while_others_are_waited_for_is_dropped_and_counted(world):
+    def late(message, answer):
+        time.sleep(MOMENT_S)
+        return [answer]
+
+    pool = world.ready(at(GenerateRequest, lambda message, answer: [answer, answer]), at(GenerateRequest, late))
+    assert_generated(generate(pool)[0])
+    assert_generated(generate(pool)[0])
+    assert world.hub.dropped == Counter(unexpected=2)
 
 
 def test_an_actor_that_dies_between_two_requests_is_brought_back_for_the_next(world):

@@ -87,7 +87,9 @@ def test_micro_batches_and_gradient_steps_make_no_difference_where_they_should_n
     for one, other in zip(whole.journal.of("step"), cut.journal.of("step"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-    halves = rehearse(algorithm(), share_of_e, steps=5, settings={"learner": {"batch_size": 16, "micro_batch_size": 16}})
+    halves = rehearse(
+        algorithm(), share_of_e, steps=5, settings={"learner": {"batch_size": 16, "micro_batch_size": 16}}
+    )
     assert halves.journal.of("step")[1]["loss"] != pytest.approx(whole.journal.of("step")[1]["loss"], rel=1e-5)
 
 
