@@ -16,7 +16,9 @@ MODEL, DATA, TRAINING = "Model", "Data", "Training"
 def reward_model(
     model: Annotated[
         str,
-        typer.Option(help="folder or hub id to start from; tiny-llama or tiny-neox: from scratch", rich_help_panel=MODEL),
+        typer.Option(
+            help="folder or hub id to start from; tiny-llama or tiny-neox: from scratch", rich_help_panel=MODEL
+        ),
     ],
     data: Annotated[
         str,
@@ -29,10 +31,12 @@ def reward_model(
     split: Annotated[str, typer.Option(help="split of the data", rich_help_panel=DATA)] = "train",
     prompt_key: Annotated[str, typer.Option(help="column of prompts", rich_help_panel=DATA)] = "prompt",
     chosen_key: Annotated[
-        str | None, typer.Option(help="column of better answers; default: chosen, if there is one", rich_help_panel=DATA)
+        str | None,
+        typer.Option(help="column of better answers; default: chosen, if there is one", rich_help_panel=DATA),
     ] = None,
     rejected_key: Annotated[
-        str | None, typer.Option(help="column of worse answers; default: rejected, if there is one", rich_help_panel=DATA)
+        str | None,
+        typer.Option(help="column of worse answers; default: rejected, if there is one", rich_help_panel=DATA),
     ] = None,
     reference_key: Annotated[
         str,

@@ -13,7 +13,9 @@ MODEL, DATA, TRAINING = "Model", "Data", "Training"
 def sft(
     model: Annotated[
         str,
-        typer.Option(help="folder or hub id to start from; tiny-llama or tiny-neox: from scratch", rich_help_panel=MODEL),
+        typer.Option(
+            help="folder or hub id to start from; tiny-llama or tiny-neox: from scratch", rich_help_panel=MODEL
+        ),
     ],
     data: Annotated[
         str,

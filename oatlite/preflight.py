@@ -128,6 +128,8 @@ def _check_oracle(config: Config) -> None:
     path = config.oracle.path
     if path is None:
         raise ConfigError("oracle.path names no reward model", "give a folder or a hub id")
+    if path == "pairrm":
+        raise ConfigError("this version has no PairRM oracle yet", "give a reward model with --oracle")
     check_reward_model(path)
     tokenizer = load_tokenizer(path)
     if config.oracle.chat_template and getattr(tokenizer, "chat_template", None) is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,14 +56,19 @@ def bradley_terry(
     DeepSpeed-Chat: the loss then reaches the very token that makes the difference.
     """
     rewards, starts = _token_rewards(model, rankings, shared=shared)
-    better_ends, worse_ends, better_at, worse_at, weights = [], [], [], [], []
+    better_ends: list[int] = []
+    worse_ends: list[int] = []
+    better_at: list[int] = []
+    worse_at: list[int] = []
+    weights: list[float] = []
     for ranking, start in zip(rankings, starts, strict=True):
         for better, worse in ranking.wins:
             pair = (ranking.responses[better], ranking.responses[worse])
             better_ends.append(start[better] + len(pair[0]) - 1)
             worse_ends.append(start[worse] + len(pair[1]) - 1)
-            if len(pair[0]) != len(pair[1]): continue
-            apart = range(len(os.path.commonprefix(pair)), min(map(len, pair)))
+            if len(pair[0]) != len(pair[1]):
+                continue
+            apart = range(_common_start(*pair), len(pair[0]))
             better_at.extend(start[better] + i for i in apart)
             worse_at.extend(start[worse] + i for i in apart)
             weights.extend([1.0 / len(apart)] * len(apart))
@@ -154,3 +159,8 @@ def _mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=segments.device).masked_fill(hidden, torch.finfo(dtype).min)[
         :, None
     ]
+
+
+def _common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -16,7 +16,7 @@ from oatlite.fitting import Report, Schedule, fit, token_batches
 from oatlite.output_folder import complete_or_absent
 from oatlite.reward_loss import EncodedRanking, bradley_terry, can_share_prompts, count_correct
 from oatlite.supervised import load_pretrained, place
-from oatlite.tiny import PAD, TinyShape, is_tiny, new_tiny_model, tiny_config, train_bpe
+from oatlite.tiny import DEFAULT_SHAPE, PAD, TinyShape, is_tiny, new_tiny_model, tiny_config, train_bpe
 
 _MAX_PAIRS = 4  # in one ranking: more would make the shared sequence long
 
@@ -46,7 +46,7 @@ class RewardOptions:
     batch_tokens: int = 4096
     max_tokens: int = 512
     vocab_size: int = 4096
-    shape: TinyShape = TinyShape()
+    shape: TinyShape = DEFAULT_SHAPE
     seed: int = 0
 
 
@@ -92,7 +92,9 @@ def rank_references(rows: Sequence[tuple[str, str]], seed: int) -> list[Ranking]
     )
 
 
-def train_reward_model(rankings: Sequence[Ranking], options: RewardOptions, output: Path, report: Report) -> RewardResult:
+def train_reward_model(
+    rankings: Sequence[Ranking], options: RewardOptions, output: Path, report: Report
+) -> RewardResult:
     """Train on comparisons and leave an ``AutoModelForSequenceClassification`` folder with one label at ``output``.
 
     A text is scored as prompt, response (tokenized apart) and EOS. Equal rankings, options and thread counts give

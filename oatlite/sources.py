@@ -63,7 +63,7 @@ def hub_answers() -> bool:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_ANSWER_S)
-    except Exception:  # noqa: BLE001 - no name, no route, a proxy: types of whichever HTTP library is underneath
+    except Exception:  # no name, no route, a proxy: types of whichever HTTP library is underneath
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True
         return False
@@ -135,7 +135,7 @@ def _load_from_hub(source: str, split: str) -> Dataset:
             raise ConfigError(f"{source} has no split {split}: {message}", "name one of them as the split") from error
         if not hub_answers():
             raise ConfigError(
-                f"{source} is no file or folder here, and as a hub id it is not in the cache and the hub does not answer",
+                f"{source} is no file or folder here, and as a hub id not in the cache, and the hub does not answer",
                 "give a .jsonl file, or download the dataset where there is a network",
             ) from error
         raise ConfigError(

@@ -14,7 +14,7 @@ from oatlite.continuations import drop_long, encode, hold_out, join, pad_right
 from oatlite.errors import ConfigError
 from oatlite.fitting import Report, Schedule, fit, token_batches
 from oatlite.output_folder import complete_or_absent
-from oatlite.tiny import TINY_NAMES, TinyShape, is_tiny, new_tiny_model, tiny_config, train_bpe
+from oatlite.tiny import DEFAULT_SHAPE, TINY_NAMES, TinyShape, is_tiny, new_tiny_model, tiny_config, train_bpe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class SupervisedOptions:
     max_tokens: int = 512
     prompt_weight: float | None = None
     vocab_size: int = 4096
-    shape: TinyShape = TinyShape()
+    shape: TinyShape = DEFAULT_SHAPE
     seed: int = 0
 
 
@@ -89,14 +89,16 @@ def train_policy(
     return result
 
 
-def load_pretrained(auto_class: type, path: str, **kwargs: object) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_pretrained(auto_class: Any, path: str, **kwargs: object) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a float32 model of ``auto_class`` and its tokenizer. Raises ConfigError for what is no model."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = auto_class.from_pretrained(path, dtype=torch.float32, **kwargs)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"--model {path}: {reason}", f"name a model folder, a hub id or {' or '.join(TINY_NAMES)}") from error
+        raise ConfigError(
+            f"--model {path}: {reason}", f"name a model folder, a hub id or {' or '.join(TINY_NAMES)}"
+        ) from error
     return model, tokenizer
 
 

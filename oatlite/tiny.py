@@ -29,13 +29,14 @@ class TinyShape:
     max_positions: int = 1024
 
 
+DEFAULT_SHAPE = TinyShape()
+
+
 def is_tiny(name: str) -> TypeGuard[TinyName]:
     return name in TINY_NAMES
 
 
-def tiny_config(
-    name: TinyName, tokenizer: PreTrainedTokenizerFast, shape: TinyShape | None = None
-) -> PretrainedConfig:
+def tiny_config(name: TinyName, tokenizer: PreTrainedTokenizerFast, shape: TinyShape | None = None) -> PretrainedConfig:
     """The configuration of a float32 network for ``tokenizer``; its ``vocab_size`` is padded to a multiple of 64.
 
     The default shape has 4.2 million parameters (Llama) or 5.3 (GPT-NeoX) with 4,096 tokens.
@@ -95,7 +96,7 @@ def new_tiny_model(auto_class: Any, config: PretrainedConfig) -> PreTrainedModel
     return model
 
 
-def _match_and_copy(layer: torch.nn.Module, config: PretrainedConfig) -> None:
+def _match_and_copy(layer: Any, config: PretrainedConfig) -> None:
     # Normalized hidden states have a mean square of 1, so equal tokens get a logit of _MATCH_LOGIT.
     std = math.sqrt(_MATCH_LOGIT / (math.sqrt(_HEAD_DIM) * config.hidden_size))
     same = torch.empty(config.hidden_size, config.hidden_size).normal_(std=std)

@@ -30,11 +30,11 @@ class Recipe:
     num_layers: int = 3
     max_positions: int = 256
     vocab_size: int = 1024
-    policy_rows: int = 10_000
+    policy_rows: int = 8_000
     policy_lr: float = 2e-3
     policy_batch_tokens: int = 1024
     policy_prompt_weight: float = 0.1
-    reward_posts: int = 4_500
+    reward_posts: int = 1_500
     reward_responses: int = 8
     reward_lr: float = 2e-3
     reward_batch_tokens: int = 2048

@@ -307,7 +307,7 @@ def assert_holds(actor, version):
 
 
 def at(kind, action):
-    """A script that runs ``action(message, answer)`` on the messages of a kind in the first life, and else does right."""
+    """A script: in the first life ``action(message, answer)`` on the messages of a kind, else what is right."""
 
     def script(number, message, answer):
         if number == 0 and isinstance(message, kind):
@@ -906,7 +906,11 @@ def test_the_actor_of_a_run_serves_the_pool(world):
     assert actor.ended() and actor.error is None
 
 
-@pytest.mark.xfail(strict=True, reason="an actor that has just started ends at what was meant for the one before it")
+@pytest.mark.xfail(
+    strict=True,
+    raises=DeadlineExceeded,
+    reason="an actor that has just started ends at what was meant for the one before it",
+)
 @pytest.mark.parametrize("kind", [GenerateRequest, BucketReady])
 def test_an_actor_that_came_back_while_the_learner_was_busy_serves_at_once(world, kind):
     """Its Hello waits in the hub, so the next request or bucket reaches it before its manifest does."""

@@ -134,10 +134,12 @@ def test_a_process_that_does_not_end_when_asked_is_killed(log):
 
 def test_a_process_that_is_stopped_still_ends_when_asked(log):
     with LocalLauncher(PREFIX) as launcher:
-        worker = launcher.start(["sleep", "300"], os.environ, log)
+        command = "trap 'exit 7' TERM; echo ready; while true; do sleep 0.1; done"
+        worker = launcher.start(["sh", "-c", command], os.environ, log)
+        wait_for(lambda: log.read_text() == "ready\n")
         worker.signal(signal.SIGSTOP)
         launcher.stop_all(grace_s=SOON_S)
-        assert worker.exit_code() == -signal.SIGTERM
+        assert worker.exit_code() == 7
 
 
 def test_what_an_ended_process_left_in_its_group_is_killed_when_it_is_forgotten(log):
