@@ -99,6 +99,15 @@ class Actor:
 
     def _handle(self, message: Message) -> None:
         match message:
+            case WeightManifest():
+                self._manifest = message
+            case ShmHandle() | CudaIpcHandle():
+                if self._manifest is None:
+                    raise WorkerDied("a weight buffer was offered without its manifest")
+                self._reader = WeightReader(self._manifest, message)
+            case _ if self._reader is None:
+                # Meant for the actor that had this name before; after the answer to our Hello it comes again.
+                log.warning("dropped a %s that came before the weight buffer", type(message).__name__)
             case GenerateRequest():
                 with self._lifeline.doing("generate", f"{message.seeds.size} samples"):
                     self._spoke.send(self._generate(message))
@@ -107,13 +116,7 @@ class Actor:
                     self._spoke.send(self._compare(message))
             case BucketReady():
                 with self._lifeline.doing("sync", f"version {message.version}"):
-                    self._spoke.send(self._load(message))
-            case WeightManifest():
-                self._manifest = message
-            case ShmHandle() | CudaIpcHandle():
-                if self._manifest is None:
-                    raise WorkerDied("a weight buffer was offered without its manifest")
-                self._reader = WeightReader(self._manifest, message)
+                    self._spoke.send(self._load(message, self._reader))
             case _:
                 raise WorkerDied(f"an actor was sent a {type(message).__name__}")
 
@@ -162,13 +165,11 @@ class Actor:
             oracle_s=time.perf_counter() - start,
         )
 
-    def _load(self, offer: BucketReady) -> BucketLoaded:
-        if self._reader is None:
-            raise WorkerDied("weights were offered before their buffer")
+    def _load(self, offer: BucketReady, reader: WeightReader) -> BucketLoaded:
         start = time.perf_counter()
         if offer.bucket == 0:
             self._engine.begin_load()
-        tensors, checksum = self._reader.read(offer.bucket)
+        tensors, checksum = reader.read(offer.bucket)
         read_s = time.perf_counter() - start
         if checksum != offer.checksum:
             raise WorkerDied(f"bucket {offer.bucket} of weights {offer.version} arrived damaged")

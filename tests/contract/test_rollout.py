@@ -906,11 +906,6 @@ def test_the_actor_of_a_run_serves_the_pool(world):
     assert actor.ended() and actor.error is None
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=DeadlineExceeded,
-    reason="an actor that has just started ends at what was meant for the one before it",
-)
 @pytest.mark.parametrize("kind", [GenerateRequest, BucketReady])
 def test_an_actor_that_came_back_while_the_learner_was_busy_serves_at_once(world, kind):
     """Its Hello waits in the hub, so the next request or bucket reaches it before its manifest does."""
