@@ -181,7 +181,7 @@ def test_a_dry_run_says_it_all_and_starts_nothing(capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     assert trained == []
     assert not list(Path().iterdir()), "not even a folder"
-    for words in ("seed", "17", "learner 0  CPU", "actor 0    CPU", "at most 32", "Missing here: nothing"):
+    for words in ("seed", "17", "learner 0  CPU", "actor 0    CPU", "at most 24", "Missing here: nothing"):
         assert words in text
     assert "Downloads: nothing" in text
 

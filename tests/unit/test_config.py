@@ -46,7 +46,7 @@ def toml(text: str) -> Path:
 
 def test_every_shipped_preset_loads() -> None:
     assert preset_names() == ["demo", "tldr"]
-    assert num_steps(resolved(preset="demo")) == 2048 // 64
+    assert num_steps(resolved(preset="demo")) == 1536 // 64
     assert num_steps(resolved(2, preset="tldr")) == 50000 // 128
 
 
@@ -260,9 +260,9 @@ def test_the_run_folder() -> None:
 
 
 def test_the_number_of_steps() -> None:
-    assert num_steps(resolved()) == 32
-    assert num_steps(resolved(flags={"data.epochs": 2})) == 64
-    assert num_steps(resolved(flags={"data.epochs": 2, "data.max_queries": 1000})) == 15
+    assert num_steps(resolved()) == 24
+    assert num_steps(resolved(flags={"data.epochs": 2})) == 48
+    assert num_steps(resolved(flags={"data.epochs": 2, "data.max_queries": 1000})) == 16
     assert num_steps(resolved(flags={"model.path": "m", "data.prompts": "p", "oracle.path": "o"})) is None
 
 

@@ -42,6 +42,7 @@ MAY_LOAD: dict[str, frozenset[str]] = {
     "oatlite.output_folder": frozenset(),
     "oatlite.preflight": frozenset(),
     "oatlite.reaper": frozenset(),
+    "oatlite.reward_loss": HUGGING_FACE,
     "oatlite.reward_modeling": HUGGING_FACE,
     "oatlite.sources": frozenset(),
     "oatlite.supervised": HUGGING_FACE,
