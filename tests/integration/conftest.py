@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "unit"), str(ROOT / "benchmarks")]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from runs import Inputs, Run, train  # noqa: E402
 from small_folders import save_model  # noqa: E402
