@@ -189,15 +189,15 @@ def choose_layout(model: PairModel, vocab_size: int, pad_token_id: int, device: 
         direct = logits[plain.predictor_rows, plain.predictor_columns].float().log_softmax(-1)
         direct = direct.gather(1, plain.targets[:, None])[:, 0]
         is_exact = expected.dtype == next(model.parameters()).dtype
-        tolerance = {"atol": 1e-4, "rtol": 1e-4} if is_exact else {"atol": 0.15, "rtol": 0.02}
-        if not torch.allclose(direct, expected, **tolerance):
+        atol, rtol = (1e-4, 1e-4) if is_exact else (0.15, 0.02)
+        if not torch.allclose(direct, expected, atol=atol, rtol=rtol):
             raise ConfigError(
                 f"the logits of {type(model.model).__name__} are not its output head times its last hidden state",
                 "use a model without scaled or capped logits",
             )
         try:
             shared = model(lay_out(pairs, "shared", pad_token_id, device))
-            if torch.allclose(shared, expected, **tolerance):
+            if torch.allclose(shared, expected, atol=atol, rtol=rtol):
                 return "shared"
             why = f"log-probabilities differ by {float((shared - expected).abs().max()):.2g}"
         except (RuntimeError, ValueError, TypeError) as error:
