@@ -53,7 +53,8 @@ def bradley_terry(
     """Mean of -log sigmoid(better - worse) over all wins, a scalar.
 
     With ``prefix_weight`` its mean over the prefixes that end where both texts have gone apart is added, as in
-    DeepSpeed-Chat: the loss then reaches the very token that makes the difference.
+    DeepSpeed-Chat: the loss then reaches the very token that makes the difference. Only texts of equal length are
+    compared so, for their tokens stand opposite each other.
     """
     rewards, starts = _token_rewards(model, rankings, shared=shared)
     better_ends: list[int] = []
@@ -73,7 +74,7 @@ def bradley_terry(
             worse_at.extend(start[worse] + i for i in apart)
             weights.extend([1.0 / len(apart)] * len(apart))
     loss = -logsigmoid(rewards[better_ends] - rewards[worse_ends]).mean()
-    if not prefix_weight:
+    if not prefix_weight or not weights:
         return loss
     prefixes = logsigmoid(rewards[better_at] - rewards[worse_at]) * torch.tensor(weights, device=rewards.device)
     return loss - prefix_weight * prefixes.sum() / sum(weights)
