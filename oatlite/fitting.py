@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from oatlite.errors import ConfigError
+
 Report = Callable[[str, int, int, str], None]
 """``report(stage, done, total, figures)`` is called once a step."""
 
@@ -63,7 +65,7 @@ def fit(
     report: Report,
     stage: str,
 ) -> None:
-    """Take one optimizer step per batch on ``loss_of(batch)``, a scalar. Raises FloatingPointError if it diverges."""
+    """Take one optimizer step per batch on ``loss_of(batch)``, a scalar. Raises ConfigError if it diverges."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -84,7 +86,7 @@ def fit(
         optimizer.step()
         value = loss.item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at step {step + 1} of {len(batches)}")
+            raise ConfigError(f"the loss is {value} at step {step + 1} of {len(batches)}", "lower --lr")
         smoothed = value if math.isnan(smoothed) else 0.95 * smoothed + 0.05 * value
         report(stage, step + 1, len(batches), f"loss {smoothed:.3f}")
     model.eval()
