@@ -312,7 +312,6 @@ class BucketLoaded(Message):
     version: int = integer()
     bucket: int = integer(0, 1 << 24)
     checksum: str = text(64)
-    read_s: float = real(0.0)
     load_s: float = real(0.0)
 
 

@@ -182,6 +182,5 @@ class Actor:
             version=offer.version,
             bucket=offer.bucket,
             checksum=checksum,
-            read_s=read_s,
             load_s=time.perf_counter() - start - read_s,
         )

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from oatlite.config.resolve import actors_of_rank
 from oatlite.config.schema import Config
 
 CONTROL_SOCKET = "control"
@@ -38,9 +39,7 @@ class WorkerSpec(BaseModel):
         return actor % int(self.config.placement.learners or 1)
 
     def actors_of(self, rank: int) -> list[str]:
-        return [
-            role_name("actor", i) for i in range(int(self.config.placement.actors or 1)) if self.learner_of(i) == rank
-        ]
+        return [role_name("actor", actor) for actor in actors_of_rank(self.config, rank)]
 
     def write(self) -> Path:
         path = self.private_dir / f"{self.kind}-{self.index}.json"

@@ -158,7 +158,7 @@ class ScriptedActor:
         if offer.is_last:
             life.version, life.loaded, life.loading = offer.version, life.loading, {}
         return BucketLoaded(
-            run_id=self._run_id, version=offer.version, bucket=offer.bucket, checksum=checksum, read_s=0.0, load_s=0.5
+            run_id=self._run_id, version=offer.version, bucket=offer.bucket, checksum=checksum, load_s=0.5
         )
 
 

@@ -118,7 +118,7 @@ EXAMPLES = {
             num_bytes=1024,
         ),
         BucketReady(run_id=RUN, version=3, bucket=0, is_last=True, checksum=HEX),
-        BucketLoaded(run_id=RUN, version=3, bucket=0, checksum=HEX, read_s=0.5, load_s=0.25),
+        BucketLoaded(run_id=RUN, version=3, bucket=0, checksum=HEX, load_s=0.25),
         Hello(run_id=RUN, role="actor-0", pid=7),
         Stage(run_id=RUN, role="actor-0", stage="idle", detail=""),
         Record(run_id=RUN, kind="step", body="{}"),
