@@ -58,7 +58,9 @@ class DataConfig(Section):
     max_prompt_tokens: PositiveInt = Field(512, description="longer prompts are dropped, and counted")
     max_prompts: PositiveInt | None = Field(None, description="prompts per epoch; default: all")
     epochs: PositiveInt = Field(1, description="passes over the prompts")
-    max_queries: PositiveInt | None = Field(None, description="stop after so many oracle queries; default: no bound")
+    max_queries: PositiveInt | None = Field(
+        None, description="stop after so many oracle queries; default: max_prompts times epochs"
+    )
 
 
 class SamplingConfig(Section):

@@ -15,7 +15,7 @@ from typing import Any
 
 # Every run of these tests puts its private folder here, so that what is left behind is known to be theirs.
 TEMPORARY = Path(tempfile.mkdtemp(prefix="ot-"))
-ENVIRONMENT = os.environ | {"TMPDIR": str(TEMPORARY)}
+ENVIRONMENT = os.environ | {"TMPDIR": str(TEMPORARY), "WANDB_MODE": "offline"}
 OATLITE = Path(sys.executable).with_name("oatlite")
 DEADLINE_S = 300.0
 

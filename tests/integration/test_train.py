@@ -72,17 +72,29 @@ def train_from(config: Path, folder: Path) -> Run:
     return run_to_end([str(OATLITE), *arguments], folder)
 
 
-def test_two_actors_sample_the_same_responses(one_by_one: Run, llama: Inputs, tmp_path: Path) -> None:
-    run = train(llama, tmp_path / "two-actors", "--algo", "simpo", "--actors", "2", "--max-prompts", "16")
-    assert run.exit_code == 0, run.output
+@pytest.fixture(scope="module")
+def two_actors(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The first step of ``one_by_one`` with two actors, logged to Weights & Biases too."""
+    more = ("--algo", "simpo", "--actors", "2", "--max-queries", "16", "--wandb")
+    return train(llama, tmp_path_factory.mktemp("runs") / "two-actors", *more)
+
+
+def test_weights_and_biases_keeps_a_run_offline(two_actors: Run) -> None:
+    assert two_actors.exit_code == 0, two_actors.output
+    (kept,) = two_actors.folder.glob("wandb/offline-run-*/run-*.wandb")
+    content = kept.read_bytes()
+    for name in (b"train/loss", b"eval/win_rate", b"perf/step_s"):
+        assert name in content
+
+
+def test_two_actors_sample_the_same_responses(one_by_one: Run, two_actors: Run) -> None:
+    assert two_actors.exit_code == 0, two_actors.output
     one = [pair for pair in read_lines(one_by_one.folder / "samples.jsonl") if pair["step"] == 1]
-    two = read_lines(run.folder / "samples.jsonl")
-    # The order of prompts hangs on their number, so pairs are found by prompt; the seeds hang on the prompt alone.
-    by_prompt = {pair["prompt"]: {pair["chosen"], pair["rejected"]} for pair in two}
-    shared = [pair for pair in one if pair["prompt"] in by_prompt]
-    assert len(shared) >= 3
-    same = [by_prompt[pair["prompt"]] == {pair["chosen"], pair["rejected"]} for pair in shared]
-    assert sum(same) >= 0.99 * len(same)
+    two = read_lines(two_actors.folder / "samples.jsonl")
+    assert [pair["prompt"] for pair in two] == [pair["prompt"] for pair in one]
+    responses = [[pair[side] for pair in pairs for side in ("chosen", "rejected")] for pairs in (one, two)]
+    same = [a == b for a, b in zip(*responses, strict=True)]
+    assert len(same) == 32 and sum(same) >= 0.99 * len(same)
 
 
 def test_two_ranks_with_two_actors_learn_what_one_does(one_by_one: Run, llama: Inputs, tmp_path: Path) -> None:
