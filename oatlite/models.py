@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from oatlite.errors import ConfigError
-from oatlite.maths.logprobs import token_logprobs
+from oatlite.maths.logprobs import token_logprobs, token_logprobs_and_entropies
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,11 @@ class TokenPair:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+        return len(self.prompt) + self.num_response_tokens
+
+    @property
+    def num_response_tokens(self) -> int:
+        return len(self.chosen) + len(self.rejected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +51,7 @@ class ForwardBatch:
 
     ``predictor_rows`` and ``predictor_columns`` (N,) say where the hidden state lies that predicts each response
     token, ``targets`` (N,) which token it is, and ``segments`` (N,) to which response it belongs: 2b for the chosen
-    one of pair b, 2b + 1 for the rejected one.
+    one of pair b, 2b + 1 for the rejected one. ``wants_entropies`` asks for the entropy at each of them too.
     """
 
     input_ids: torch.Tensor
@@ -58,6 +62,7 @@ class ForwardBatch:
     targets: torch.Tensor
     segments: torch.Tensor
     num_pairs: int
+    wants_entropies: bool = False
 
 
 def load_policy(path: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
@@ -95,7 +100,8 @@ class PairModel(nn.Module):
         self.model: Any = model
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Log-probabilities (N,) float32 of ``batch.targets``."""
+        """Log-probabilities (N,) float32 of ``batch.targets``; with ``batch.wants_entropies`` (2, N): these, and the
+        entropies in nats of the distributions that they come from, without gradient."""
         backbone = self.model.base_model
         mask = batch.attention_mask
         if mask.is_floating_point():
@@ -104,16 +110,22 @@ class PairModel(nn.Module):
             input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
         ).last_hidden_state
         head = self.model.get_output_embeddings()
-        return token_logprobs(
-            hidden[batch.predictor_rows, batch.predictor_columns],
-            head.weight,
-            getattr(head, "bias", None),
-            batch.targets,
-            chunk=LOGITS_CHUNK_TOKENS,
-        )
+        predictors = hidden[batch.predictor_rows, batch.predictor_columns]
+        bias = getattr(head, "bias", None)
+        if batch.wants_entropies:
+            both = token_logprobs_and_entropies(predictors, head.weight, bias, batch.targets, chunk=LOGITS_CHUNK_TOKENS)
+            return torch.stack(both)
+        return token_logprobs(predictors, head.weight, bias, batch.targets, chunk=LOGITS_CHUNK_TOKENS)
 
 
-def lay_out(pairs: Sequence[TokenPair], layout: LayoutName, pad_token_id: int, device: torch.device) -> ForwardBatch:
+def lay_out(
+    pairs: Sequence[TokenPair],
+    layout: LayoutName,
+    pad_token_id: int,
+    device: torch.device,
+    *,
+    wants_entropies: bool = False,
+) -> ForwardBatch:
     """Put pairs into rows: one per pair (``shared``) or one per response (``plain``)."""
     rows: list[list[Tokens]] = []
     for pair in pairs:
@@ -147,6 +159,7 @@ def lay_out(pairs: Sequence[TokenPair], layout: LayoutName, pad_token_id: int, d
         targets=torch.from_numpy(np.concatenate([t for _, _, t in predictors]).astype(np.int64)).to(device),
         segments=torch.from_numpy(np.repeat(np.arange(len(predictors)), lengths)).to(device),
         num_pairs=len(pairs),
+        wants_entropies=wants_entropies,
     )
 
 

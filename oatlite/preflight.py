@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from oatlite.config.schema import Config, CustomAlgorithmConfig
+from oatlite.config.algorithms import CustomAlgorithmConfig
+from oatlite.config.schema import Config
 from oatlite.data import PromptSet, load_prompts, load_tokenizer
 from oatlite.errors import ConfigError
 from oatlite.loading import load_callable

@@ -31,9 +31,10 @@ from oatlite.workers.evaluation import Judge
 from oatlite.workers.experience import Experience
 from oatlite.workers.learner import Learner
 from oatlite.workers.rollout import ParameterSource, SamplingOptions
-from oatlite.workers.update import Updater
+from oatlite.workers.update import Layout, Updater
 
 EOS = 0
+CPU = torch.device("cpu")
 LETTERS = "$abcdefghijklmnopqrstuvwxyz"
 
 
@@ -46,9 +47,13 @@ class BigramPolicy(nn.Module):
         self.logits = nn.Parameter(0.1 * torch.randn(len(LETTERS), len(LETTERS), generator=generator))
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """As :class:`oatlite.models.PairModel`: log-probabilities (N,) of ``batch.targets``."""
+        """As :class:`oatlite.models.PairModel`: log-probabilities (N,) of ``batch.targets``, and entropies."""
         previous = batch.input_ids[batch.predictor_rows, batch.predictor_columns]
-        return self.logits[previous].log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+        logprobs = self.logits[previous].log_softmax(-1)
+        chosen = logprobs.gather(1, batch.targets[:, None])[:, 0]
+        if not batch.wants_entropies:
+            return chosen
+        return torch.stack([chosen, -(logprobs.exp() * logprobs).sum(-1).detach()])
 
 
 class FunctionOracle(RewardOracle):
@@ -237,28 +242,22 @@ def rehearse(
     sections: dict[str, dict[str, Any]] = {
         "run": {"seed": seed},
         "rollout": {"prompts_per_step": prompts_per_step, "sync_every": sync_every},
-        "learner": {"batch_size": prompts_per_step, "micro_batch_size": prompts_per_step, "lr": lr},
+        "learner": {"micro_batch_size": prompts_per_step, "lr": lr},
         "sampling": {"max_new_tokens": 8, "temperature": 1.0},
         "eval": {"every": max(1, steps // 2)},
     }
     for section, values in (settings or {}).items():
         sections[section] = sections.get(section, {}) | values
+    learner = sections["learner"]
+    learner.setdefault("batch_size", sections["rollout"]["prompts_per_step"])
+    learner.setdefault("buffer_size", sections["rollout"]["prompts_per_step"])
     config = Config.model_validate(sections)
     policy, initial = BigramPolicy(seed), BigramPolicy(seed).requires_grad_(False)
     trainer = InMemoryTrainer(policy, lr, keeps_behaviour=sync_every > 1)
     actors = InMemoryActors(oracle or FunctionOracle(score), policy)
     share, silent, journal = Share(rank=0, count=1), _Silent(), InMemoryJournal()
-    updater = Updater(
-        trainer,
-        algorithm,
-        initial if algorithm.needs.reference or config.learner.log_kl else None,
-        layout="shared",
-        pad_token_id=EOS,
-        device=torch.device("cpu"),
-        pairs_per_step=int(config.learner.batch_size or prompts_per_step),
-        micro_batch_size=config.learner.micro_batch_size,
-        passes=config.learner.passes,
-    )
+    scores = initial if algorithm.needs.reference or config.learner.log_kl else None
+    updater = Updater(config, trainer, algorithm, scores, Layout(name="shared", pad_token_id=EOS, device=CPU))
     Learner(
         config=config,
         num_steps=steps,

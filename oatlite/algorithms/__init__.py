@@ -5,13 +5,36 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from oatlite.algorithms.base import Algorithm
+from oatlite.algorithms.bnf import BNF
+from oatlite.algorithms.cdpo import CDPO
 from oatlite.algorithms.dpo import DPO
+from oatlite.algorithms.dpo_positive import DPOPositive
+from oatlite.algorithms.dpo_sft import DPOSFT
+from oatlite.algorithms.ipo import IPO
+from oatlite.algorithms.kl import KL
+from oatlite.algorithms.kto import KTO
+from oatlite.algorithms.lr_dpo import LRDPO
+from oatlite.algorithms.rev_kl import RevKL
 from oatlite.algorithms.simpo import SimPO
-from oatlite.config.schema import AlgorithmConfig, CustomAlgorithmConfig
+from oatlite.algorithms.slic import SLiC
+from oatlite.config.algorithms import AlgorithmConfig, CustomAlgorithmConfig
 from oatlite.errors import ConfigError
 from oatlite.loading import load_callable
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"simpo": SimPO, "dpo": DPO}
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "simpo": SimPO,
+    "dpo": DPO,
+    "cdpo": CDPO,
+    "ipo": IPO,
+    "slic": SLiC,
+    "lr_dpo": LRDPO,
+    "dpo_positive": DPOPositive,
+    "dpo_sft": DPOSFT,
+    "bnf": BNF,
+    "kto": KTO,
+    "kl": KL,
+    "rev_kl": RevKL,
+}
 
 
 def build_algorithm(config: AlgorithmConfig) -> Algorithm:

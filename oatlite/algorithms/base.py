@@ -9,18 +9,25 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from oatlite.maths.losses import PairLosses
-from oatlite.maths.pairs import ResponseLogprobs
+from oatlite.maths.pairs import PairBatch, ResponseLogprobs
 from oatlite.messages import Float32, Int32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What the loop must provide beyond the policy. ``reference``: log-probabilities of the reference policy."""
+    """What the loop must provide beyond the policy's log-probabilities of both responses.
+
+    ``reference``: those of the reference policy. ``tokens``: those of single tokens, and the policy's entropies there.
+    ``kl``: both policies' log-probabilities of responses to other prompts, at the price of one more forward pass each.
+    """
 
     reference: bool = False
+    tokens: bool = False
+    kl: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +94,29 @@ class Algorithm(ABC):
         return [Duel(m, 0, 1) for m in range(len(candidates))]
 
     @abstractmethod
-    def loss(self, policy: ResponseLogprobs, reference: ResponseLogprobs | None) -> PairLosses:
+    def loss(self, policy: ResponseLogprobs, reference: ResponseLogprobs | None, batch: PairBatch) -> PairLosses:
         """Per-pair losses (B,), not averaged, and implicit rewards (B,) of both sides.
 
-        ``reference`` is None unless ``needs.reference``. Pairs without a usable verdict are masked by the caller.
+        ``reference`` is None unless ``needs.reference``; ``batch`` holds what else is known of the pairs. Pairs
+        without a usable verdict never come here.
         """
+
+
+FourTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def sums(policy: ResponseLogprobs, reference: ResponseLogprobs | None) -> FourTensors:
+    """What a loss with a reference takes first: summed log-probabilities (B,) of both models for both responses."""
+    assert reference is not None
+    return policy.chosen, policy.rejected, reference.chosen, reference.rejected
+
+
+def averages(policy: ResponseLogprobs, reference: ResponseLogprobs | None) -> FourTensors:
+    """The same, averaged over a response's tokens."""
+    assert reference is not None
+    return (
+        policy.chosen / policy.chosen_lengths,
+        policy.rejected / policy.rejected_lengths,
+        reference.chosen / reference.chosen_lengths,
+        reference.rejected / reference.rejected_lengths,
+    )

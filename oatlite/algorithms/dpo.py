@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from oatlite.algorithms.base import Algorithm, Needs
-from oatlite.config.schema import DPOConfig
+from oatlite.algorithms.base import Algorithm, Needs, sums
+from oatlite.config.algorithms import DPOConfig
 from oatlite.maths import losses
 from oatlite.maths.losses import PairLosses
-from oatlite.maths.pairs import ResponseLogprobs
+from oatlite.maths.pairs import PairBatch, ResponseLogprobs
 
 
 class DPO(Algorithm):
@@ -18,6 +18,5 @@ class DPO(Algorithm):
     def __init__(self, options: Any) -> None:
         self.options: DPOConfig = options
 
-    def loss(self, policy: ResponseLogprobs, reference: ResponseLogprobs | None) -> PairLosses:
-        assert reference is not None
-        return losses.dpo(policy.chosen, policy.rejected, reference.chosen, reference.rejected, beta=self.options.beta)
+    def loss(self, policy: ResponseLogprobs, reference: ResponseLogprobs | None, batch: PairBatch) -> PairLosses:
+        return losses.dpo(*sums(policy, reference), beta=self.options.beta)

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 import oatlite
-from oatlite.config.schema import Config, Section
+from oatlite.config.schema import Config
+from oatlite.config.section import Section
 
 
 def dump_toml(config: Config) -> str:

@@ -8,7 +8,9 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from oatlite.config.schema import ALGORITHM_CONFIGS, Config, CustomAlgorithmConfig, Section
+from oatlite.config.algorithms import ALGORITHM_CONFIGS, CustomAlgorithmConfig
+from oatlite.config.schema import Config
+from oatlite.config.section import Section
 from oatlite.errors import ConfigError
 
 SECTIONS = tuple(Config.model_fields)

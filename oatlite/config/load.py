@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from oatlite.config.algorithms import ALGORITHM_CONFIGS
 from oatlite.config.dump import dump_toml
 from oatlite.config.explain import explain
 from oatlite.config.flags import FLAGS, to_type
@@ -28,7 +29,7 @@ from oatlite.config.keys import (
     unknown_section,
 )
 from oatlite.config.resolve import num_steps, resolve
-from oatlite.config.schema import ALGORITHM_CONFIGS, Config
+from oatlite.config.schema import Config
 from oatlite.errors import ConfigError
 from oatlite.hardware import gpu_names
 

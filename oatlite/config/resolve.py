@@ -44,6 +44,20 @@ def num_steps(config: Config) -> int | None:
     return min(bounds, default=None)
 
 
+def gradient_steps(config: Config, step: int, *, passes: int | None = None) -> int:
+    """Gradient steps that ``step`` (from 1) of a resolved run takes where no pair is left out.
+
+    ``passes`` (default: those of the configuration) over all pairs in the buffer, of which there are more with each
+    step until it is full or cleared.
+    """
+    learner, per_step = config.learner, config.rollout.prompts_per_step
+    assert learner.batch_size is not None and learner.buffer_size is not None, "resolved first"
+    since_cleared = (step - 1) % learner.buffer_clear_every + 1 if learner.buffer_clear_every is not None else step
+    held_steps = min(since_cleared, learner.buffer_size // per_step)
+    count = held_steps * (per_step // learner.batch_size) * (learner.passes if passes is None else passes)
+    return min(count, learner.max_gradient_steps or count)
+
+
 def actors_of_rank(config: Config, rank: int) -> list[int]:
     """Actor ``i`` serves the learner rank ``i mod ranks``."""
     actors, learners = config.placement.actors, config.placement.learners
@@ -70,6 +84,7 @@ def _filled(config: Config, num_gpus: int) -> dict[str, Any]:
     if data["max_prompts"] is not None:
         default(data, "max_queries", data["max_prompts"] * data["epochs"])
     default(learner, "batch_size", values["rollout"]["prompts_per_step"])
+    default(learner, "buffer_size", values["rollout"]["prompts_per_step"])
     default(learner, "zero_stage", 2 if placement["learners"] > 1 else 0)
     if data["prompts"] == DEMO:
         default(values["eval"], "gold_score", DEMO_GOLD_SCORE)
@@ -142,6 +157,14 @@ def _check_batches(config: Config, *, batch_size_is_default: bool) -> None:
         raise ConfigError(
             f"rollout.prompts_per_step = {per_step} is no multiple of learner.batch_size = {batch}",
             f"type {' or '.join(fixes)}",
+        )
+    buffer = config.learner.buffer_size
+    assert buffer is not None
+    if buffer % per_step:
+        raise ConfigError(
+            f"learner.buffer_size = {buffer} is no multiple of rollout.prompts_per_step = {per_step}: "
+            "the buffer holds whole steps",
+            f"type {_choices('learner.buffer_size', _multiples_near(buffer, per_step))}",
         )
     for key in ("max_prompts", "max_queries"):
         bound = getattr(config.data, key)

@@ -6,28 +6,14 @@ so that the ``config.toml`` of a run holds no ``None`` whose meaning could drift
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Tag,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-Probability = Annotated[float, Field(ge=0, le=1)]
+from oatlite.config.algorithms import AlgorithmConfig, SimPOConfig
+from oatlite.config.section import Probability, Section
+
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
-    )
 
 
 class RunConfig(Section):
@@ -80,7 +66,12 @@ class LearnerConfig(Section):
         None, description="pairs per gradient step, all ranks; default: a whole step"
     )
     micro_batch_size: PositiveInt = Field(8, description="pairs per forward pass and rank")
-    passes: PositiveInt = Field(1, description="passes over the pairs of a step")
+    passes: PositiveInt = Field(1, description="passes over the buffered pairs, each step")
+    buffer_size: PositiveInt | None = Field(
+        None, description="newest pairs kept to train on, all ranks; default: one step's, so that none comes back"
+    )
+    buffer_clear_every: PositiveInt | None = Field(None, description="steps between clearings of the buffer")
+    max_gradient_steps: PositiveInt | None = Field(None, description="gradient steps of one step, at most")
     lr: PositiveFloat = Field(5e-7, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="cosine has a floor of 0.1")
     warmup_ratio: Probability = Field(0.03, description="share of the schedule that warms up")
@@ -91,25 +82,6 @@ class LearnerConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="default: 2 with several ranks, else 0")
     gradient_checkpointing: bool = False
     log_kl: bool = Field(False, description="keep a reference model for the KL metric when the loss needs none")
-
-
-class SimPOConfig(Section):
-    name: Literal["simpo"] = Field("simpo", description="simpo, dpo, or your own: file.py:Class")
-    beta: PositiveFloat = Field(2.0, description="scale of the implicit reward")
-    gamma_beta_ratio: NonNegativeFloat = 0.5
-    loss_type: Literal["sigmoid", "hinge"] = "sigmoid"
-
-
-class DPOConfig(Section):
-    name: Literal["dpo"] = "dpo"
-    beta: PositiveFloat = Field(0.1, description="scale of the implicit reward")
-
-
-class CustomAlgorithmConfig(Section):
-    """``file.py:Class`` or ``package.module:Class``; ``options`` go to the class, which validates them."""
-
-    name: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")]
-    options: dict[str, Any] = {}
 
 
 class OracleConfig(Section):
@@ -153,22 +125,6 @@ class TimeoutConfig(Section):
     learn_s: PositiveFloat = 1800
     sync_s: PositiveFloat = 300
     silence_s: PositiveFloat = Field(60, description="a process that gives no sign of life for longer is dead")
-
-
-ALGORITHM_CONFIGS: dict[str, type[Section]] = {"simpo": SimPOConfig, "dpo": DPOConfig}
-
-
-def _algorithm_tag(value: Any) -> str:
-    name = value.get("name", "simpo") if isinstance(value, dict) else getattr(value, "name", "simpo")
-    return name if name in ALGORITHM_CONFIGS else "custom"
-
-
-AlgorithmConfig = Annotated[
-    Annotated[SimPOConfig, Tag("simpo")]
-    | Annotated[DPOConfig, Tag("dpo")]
-    | Annotated[CustomAlgorithmConfig, Tag("custom")],
-    Discriminator(_algorithm_tag),
-]
 
 
 class Config(Section):

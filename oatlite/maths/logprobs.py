@@ -35,6 +35,20 @@ def token_logprobs(
 
     Raises ValueError on shapes that do not agree and on a chunk below 1.
     """
+    logprobs, _ = _checked(hidden, weight, bias, targets, chunk, with_entropies=False)
+    return logprobs
+
+
+def token_logprobs_and_entropies(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """As :func:`token_logprobs`, and the entropy (T,) in nats of each of these distributions, without gradient."""
+    return _checked(hidden, weight, bias, targets, chunk, with_entropies=True)
+
+
+def _checked(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int, *, with_entropies: bool
+) -> tuple[Tensor, Tensor]:
     num_tokens = hidden.shape[0]
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} are not (T, D) and (V, D)")
@@ -44,29 +58,43 @@ def token_logprobs(
         raise ValueError(f"bias {tuple(bias.shape)} is not ({weight.shape[0]},)")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
-    return _TokenLogprobs.apply(hidden, weight, bias, targets, chunk)
+    return _TokenLogprobs.apply(hidden, weight, bias, targets, chunk, with_entropies)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """Keeps the (T,) log-normalizers for the backward pass, and nothing of size V."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk: int,
+        with_entropies: bool,
+    ) -> tuple[Tensor, Tensor]:
         targets = targets.long()
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)
         normalizers = torch.empty_like(logprobs)
+        entropies = torch.empty_like(logprobs) if with_entropies else logprobs.new_empty(0)
         for rows in _chunks(hidden.shape[0], chunk):
             logits = F.linear(hidden[rows], weight, bias).to(dtype)
             normalizers[rows] = logits.logsumexp(dim=-1)
             logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - normalizers[rows]
+            if with_entropies:
+                entropies[rows] = normalizers[rows] - (logits.softmax(dim=-1) * logits).sum(dim=-1)
         ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
         ctx.chunk = chunk
-        return logprobs
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, bias, targets, normalizers = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = normalizers.dtype
@@ -90,6 +118,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_hidden,
             grad_weight.to(weight.dtype) if grad_weight is not None else None,
             grad_bias.to(bias.dtype) if grad_bias is not None else None,
+            None,
             None,
             None,
         )

@@ -29,6 +29,7 @@ STEP_KEYS = (
     "response_tokens",
     "truncated",
     "lr",
+    "gradient_steps",
     "grad_norm",
     "mismatch_mean",
     "mismatch_max",

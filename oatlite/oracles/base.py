@@ -140,6 +140,19 @@ def draw_verdicts(
     return is_valid & (first_win > bar)
 
 
+def reward_margins(verdicts: Verdicts) -> Floats:
+    """The first response's reward minus the second's, (B,) float32; 0 where a verdict is not valid.
+
+    Of an oracle that only compares, the log-odds of its win probability, which is taken to lie within 1e-6 of 0 and 1.
+    """
+    if verdicts.first_scores is not None and verdicts.second_scores is not None:
+        margins = verdicts.first_scores - verdicts.second_scores
+    else:
+        win = np.clip(verdicts.first_win.astype(np.float64), 1e-6, 1 - 1e-6)
+        margins = np.log(win) - np.log1p(-win)
+    return np.where(verdicts.is_valid, margins, 0.0).astype(np.float32)
+
+
 def trainable_pairs(
     verdicts: Verdicts, first: Sequence[str], second: Sequence[str], feedback: Literal["threshold", "bernoulli"]
 ) -> Flags:

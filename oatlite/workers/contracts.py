@@ -11,8 +11,9 @@ from oatlite.algorithms.base import Candidate
 from oatlite.messages import Int32, UInt64
 from oatlite.metrics.records import Kind
 from oatlite.oracles.base import Verdicts
+from oatlite.workers.buffer import TrainingPair
 from oatlite.workers.rollout import ParameterSource, SamplingOptions
-from oatlite.workers.update import TrainingPair, UpdateStats
+from oatlite.workers.update import UpdateStats
 
 
 class Actors(Protocol):
@@ -31,7 +32,7 @@ class Actors(Protocol):
 
 
 class Updates(Protocol):
-    def learn(self, pairs: Sequence[TrainingPair], num_steps: int) -> UpdateStats: ...
+    def learn(self, pairs: Sequence[TrainingPair], step: int) -> UpdateStats: ...
 
 
 class Ranks(Protocol):

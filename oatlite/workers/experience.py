@@ -12,14 +12,15 @@ import numpy as np
 from oatlite.algorithms.base import Algorithm, Candidate, CandidateSet
 from oatlite.config.schema import Config, SamplingConfig
 from oatlite.data import PromptSet, epoch_order
+from oatlite.errors import ConfigError
 from oatlite.messages import UInt64
 from oatlite.metrics.records import Mean
 from oatlite.models import TokenPair
-from oatlite.oracles.base import Verdicts, draw_verdicts, trainable_pairs
+from oatlite.oracles.base import Verdicts, draw_verdicts, reward_margins, trainable_pairs
+from oatlite.workers.buffer import TrainingPair
 from oatlite.workers.contracts import Actors, Share, Shows
 from oatlite.workers.gold import GoldScore
 from oatlite.workers.rollout import SamplingOptions
-from oatlite.workers.update import TrainingPair
 
 TRAIN_SEEDS, EVAL_SEEDS, SELECT_DRAWS, VERDICT_DRAWS = range(4)
 
@@ -77,6 +78,11 @@ class Experience:
             for i, candidates in zip(indices, found, strict=True)
         ]
         duels = self._algorithm.select(sets, {}, self._draws(SELECT_DRAWS, step))
+        if len(duels) > len(sets):
+            raise ConfigError(
+                f"{type(self._algorithm).__name__}.select chose {len(duels)} pairs of {len(sets)} prompts",
+                "let it choose one pair a prompt at most",
+            )
         contests = [sets[duel.prompt] for duel in duels]
         first = [contest.candidates[duel.first] for contest, duel in zip(contests, duels, strict=True)]
         second = [contest.candidates[duel.second] for contest, duel in zip(contests, duels, strict=True)]
@@ -113,6 +119,7 @@ class Experience:
         feedback = self._config.oracle.feedback
         first_wins = draw_verdicts(verdicts.first_win, verdicts.is_valid, feedback, self._draws(VERDICT_DRAWS, step))
         trainable = trainable_pairs(verdicts, [c.text for c in first], [c.text for c in second], feedback)
+        margins = reward_margins(verdicts)
         for b, contest in enumerate(contests):
             chosen, rejected = (first[b], second[b]) if first_wins[b] else (second[b], first[b])
             rollouts.pairs.append(
@@ -120,6 +127,7 @@ class Experience:
                     tokens=TokenPair(prompt=contest.prompt_tokens, chosen=chosen.tokens, rejected=rejected.tokens),
                     sampler_logprobs=np.concatenate([chosen.logprobs, rejected.logprobs]),
                     is_trainable=bool(trainable[b]),
+                    margin=float(margins[b] if first_wins[b] else -margins[b]),
                 )
             )
             win = float(verdicts.first_win[b])

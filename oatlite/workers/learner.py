@@ -49,15 +49,13 @@ class Learner:
     def run(self) -> None:
         """All steps, with an evaluation before the first, after the last, and every so often between."""
         config = self._config
-        assert config.learner.batch_size is not None
-        gradient_steps = config.rollout.prompts_per_step // config.learner.batch_size
         self.evaluate(0)
         for step in range(1, self._num_steps + 1):
             clock = _Clock()
             rollouts = self._experience.collect(step)
             clock.lap("collect_s")
             with self._shows.doing("learn", f"step {step}"):
-                stats = self._updater.learn(rollouts.pairs, gradient_steps)
+                stats = self._updater.learn(rollouts.pairs, step)
             clock.lap("learn_s")
             if step % config.rollout.sync_every == 0:
                 with self._shows.doing("sync", f"version {step}"):
@@ -95,8 +93,13 @@ class Learner:
         if self._journal is None:
             return
         self._journal.samples(rows)
-        perf = clock.laps | {"generate_s": rollouts.generate_s, "score_s": rollouts.score_s}
-        perf |= {"reload_s": self._actors.reload_s, "tokens_per_s": tokens / max(rollouts.generate_s, 1e-9)}
+        perf = clock.laps | {
+            "generate_s": rollouts.generate_s,
+            "score_s": rollouts.score_s,
+            "reference_s": stats.reference_s,
+            "reload_s": self._actors.reload_s,
+            "tokens_per_s": tokens / max(rollouts.generate_s, 1e-9),
+        }
         self._journal.record(
             "step",
             step=step,
@@ -104,6 +107,7 @@ class Learner:
             queries=self._num_queries,
             epoch=rollouts.epoch,
             lr=stats.lr,
+            gradient_steps=stats.num_steps,
             mismatch_max=stats.mismatch_max,
             staleness=step - 1 - rollouts.policy_version,
             trained_pairs=trained,

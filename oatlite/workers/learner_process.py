@@ -11,6 +11,7 @@ import torch
 
 from oatlite.algorithms import build_algorithm
 from oatlite.algorithms.base import Algorithm
+from oatlite.config.resolve import gradient_steps
 from oatlite.config.schema import Config
 from oatlite.data import load_prompts, load_tokenizer
 from oatlite.loading import load_callable
@@ -30,7 +31,7 @@ from oatlite.workers.lifeline import Lifeline
 from oatlite.workers.policies import PolicyWeights
 from oatlite.workers.rollout import ActorPool, Deadlines
 from oatlite.workers.spec import WorkerSpec, rollout_socket
-from oatlite.workers.update import Updater
+from oatlite.workers.update import Layout, Updater
 
 log = logging.getLogger(__name__)
 
@@ -58,17 +59,8 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
         dtype,
         keeps_behaviour=config.rollout.sync_every > 1 or config.learner.zero_stage == 3,
     )
-    updater = Updater(
-        trainer,
-        algorithm,
-        _reference(config, algorithm, device),
-        layout=layout,
-        pad_token_id=int(tokenizer.pad_token_id),
-        device=device,
-        pairs_per_step=_pairs_per_step(config),
-        micro_batch_size=config.learner.micro_batch_size,
-        passes=config.learner.passes,
-    )
+    rows = Layout(name=layout, pad_token_id=int(tokenizer.pad_token_id), device=device)
+    updater = Updater(config, trainer, algorithm, _reference(config, algorithm, device), rows)
     prompts, held_out = load_prompts(
         config.data, config.eval.prompts, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
     )
@@ -151,20 +143,15 @@ def _connect(
     )
 
 
-def _pairs_per_step(config: Config) -> int:
-    return int(config.learner.batch_size or 0) // int(config.placement.learners or 1)
-
-
 def _optimizer_options(spec: WorkerSpec) -> OptimizerOptions:
     config = spec.config
     learner = config.learner
-    gradient_steps = config.rollout.prompts_per_step // int(learner.batch_size or 1) * learner.passes
     return OptimizerOptions(
         lr=learner.lr,
         schedule=learner.schedule,
         warmup_ratio=learner.warmup_ratio,
-        num_steps=spec.num_steps * gradient_steps,
-        micro_steps=_pairs_per_step(config) // learner.micro_batch_size,
+        num_steps=sum(gradient_steps(config, step) for step in range(1, spec.num_steps + 1)),
+        micro_steps=int(learner.batch_size or 0) // int(config.placement.learners or 1) // learner.micro_batch_size,
         micro_batch_size=learner.micro_batch_size,
         weight_decay=learner.weight_decay,
         betas=learner.adam_betas,

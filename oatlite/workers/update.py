@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from oatlite.algorithms.base import Algorithm
+from oatlite.config.resolve import gradient_steps
+from oatlite.config.schema import Config
 from oatlite.maths.logprobs import mismatch
-from oatlite.maths.pairs import ResponseLogprobs
-from oatlite.messages import Float32
+from oatlite.maths.pairs import PairBatch, ResponseLogprobs, pair_tokens
 from oatlite.metrics.records import Mean
 from oatlite.models import ForwardBatch, LayoutName, TokenPair, lay_out
 from oatlite.trainer import StepResult
+from oatlite.workers.buffer import Entry, PairBuffer, TrainingPair
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingPair:
-    """``sampler_logprobs`` are those of the chosen response, then of the rejected one; ``is_trainable`` says that
-    the verdict can be used."""
-
-    tokens: TokenPair
-    sampler_logprobs: Float32
-    is_trainable: bool
+Item = TypeVar("Item")
+ORDER_DRAWS = 5  # beside the purposes that the rollouts draw for
 
 
 class TrainerLike(Protocol):
@@ -36,11 +32,28 @@ class TrainerLike(Protocol):
     def step(self) -> StepResult: ...
     def add_up(self, values: Sequence[float]) -> list[float]: ...
     def maximum(self, value: float) -> float: ...
+    def gather_bytes(self, data: bytes) -> list[bytes]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How pairs become rows of tokens on a device."""
+
+    name: LayoutName
+    pad_token_id: int
+    device: torch.device
+
+    def rows(self, tokens: Sequence[TokenPair], *, wants_entropies: bool = False) -> ForwardBatch:
+        return lay_out(tokens, self.name, self.pad_token_id, self.device, wants_entropies=wants_entropies)
 
 
 @dataclass(slots=True)
 class UpdateStats:
-    """Metrics of one step on one rank; Means add up over ranks, ``mismatch_max`` takes their maximum."""
+    """Metrics of one step on one rank; Means add up over ranks, ``mismatch_max`` takes their maximum.
+
+    The mismatch is that of the step's own pairs at its first gradient step: later ones would show how far the policy
+    has moved since, and not how well sampler and learner agree. ``reference_s`` is the time of the reference's pass.
+    """
 
     loss: Mean = field(default_factory=Mean)
     margin: Mean = field(default_factory=Mean)
@@ -52,6 +65,7 @@ class UpdateStats:
     mismatch_max: float = 0.0
     lr: float = 0.0
     num_steps: int = 0
+    reference_s: float = 0.0
 
     def means(self) -> dict[str, Mean]:
         names = ("loss", "margin", "accuracy", "kl", "mismatch_mean", "mismatch_outside", "grad_norm")
@@ -59,70 +73,97 @@ class UpdateStats:
 
 
 class Updater:
-    """Turns the pairs of a rank's step into gradient steps of ``batch_size`` pairs over all ranks.
+    """Turns the pairs of a rank's steps into gradient steps of ``learner.batch_size`` pairs over all ranks.
 
     Each gradient step runs the same number of micro-batches on every rank, whatever a rank has: one without a
     trainable pair runs a placeholder of weight zero, so that no collective waits for it. A gradient step without any
-    trainable pair on any rank is skipped by all.
+    trainable pair on any rank is skipped by all. The reference scores each pair once, when it is new.
     """
 
     def __init__(
         self,
+        config: Config,
         trainer: TrainerLike,
         algorithm: Algorithm,
         reference: Callable[[ForwardBatch], torch.Tensor] | None,
-        *,
-        layout: LayoutName,
-        pad_token_id: int,
-        device: torch.device,
-        pairs_per_step: int,
-        micro_batch_size: int,
-        passes: int,
+        layout: Layout,
     ) -> None:
+        learner = config.learner
+        assert learner.batch_size is not None and learner.buffer_size is not None, "resolved first"
+        self._config = config
         self._trainer = trainer
         self._algorithm = algorithm
         self._reference = reference
         self._layout = layout
-        self._pad_token_id = pad_token_id
-        self._device = device
-        self._pairs_per_step = pairs_per_step
-        self._micro_batch_size = micro_batch_size
-        self._passes = passes
+        self._pairs_per_step = learner.batch_size // int(config.placement.learners or 1)
+        self._micro_batch_size = learner.micro_batch_size
+        self._buffer = PairBuffer(learner.buffer_size // config.rollout.prompts_per_step, learner.buffer_clear_every)
 
-    def learn(self, pairs: Sequence[TrainingPair], num_steps: int) -> UpdateStats:
-        """Take ``num_steps`` gradient steps per pass; ``pairs`` are this rank's, ``num_steps * pairs_per_step`` at
-        most."""
-        slices = [pairs[i * self._pairs_per_step : (i + 1) * self._pairs_per_step] for i in range(num_steps)]
-        trainable = [[pair for pair in part if pair.is_trainable] for part in slices]
-        totals = self._trainer.add_up([float(len(part)) for part in trainable])
+    def learn(self, pairs: Sequence[TrainingPair], step: int) -> UpdateStats:
+        """Take in this rank's ``pairs`` of ``step`` (from 1), and all gradient steps that are due on the buffer."""
         stats = UpdateStats()
-        for _ in range(self._passes):
-            for part, total in zip(trainable, totals, strict=True):
-                if total:
-                    self._gradient_step(part, total, stats)
+        self._buffer.add(pairs, step)
+        self._score_by_reference(stats)
+        entries = list(self._buffer)
+        num_left = gradient_steps(self._config, step)
+        per_pass = min(num_left, gradient_steps(self._config, step, passes=1))
+        for number in range(self._config.learner.passes):
+            order = np.random.default_rng([self._config.run.seed, ORDER_DRAWS, step, number]).permutation(len(entries))
+            count = min(per_pass, num_left)
+            self._pass([entries[i] for i in order], count, step, stats)
+            num_left -= count
         stats.mismatch_max = self._trainer.maximum(stats.mismatch_max)
         return stats
 
-    def _gradient_step(self, pairs: list[TrainingPair], total: float, stats: UpdateStats) -> None:
+    def _pass(self, entries: list[Entry], count: int, step: int, stats: UpdateStats) -> None:
+        size = self._pairs_per_step
+        parts = [[e for e in entries[i * size : (i + 1) * size] if e.pair.is_trainable] for i in range(count)]
+        totals = self._trainer.add_up([float(len(part)) for part in parts])
+        for part, total in zip(parts, totals, strict=True):
+            if total:
+                self._gradient_step(part, total, step, stats)
+
+    def _gradient_step(self, entries: list[Entry], total: float, step: int, stats: UpdateStats) -> None:
+        crossed = self._crossed(entries) if self._algorithm.needs.kl else (None, None)
         # Alike lengths side by side: little padding. The sum does not depend on the order.
-        pairs = sorted(pairs, key=lambda pair: pair.tokens.num_tokens)
-        for start in range(0, self._pairs_per_step, self._micro_batch_size):
-            self._micro_step(pairs[start : start + self._micro_batch_size], total, stats)
+        entries = sorted(entries, key=lambda entry: entry.pair.tokens.num_tokens)
+        for part in self._micro_batches(entries):
+            self._micro_step(part, total, crossed, step, stats)
         result = self._trainer.step()
         stats.lr = result.lr
         stats.num_steps += 1
         stats.grad_norm.add(result.grad_norm)
 
-    def _micro_step(self, pairs: list[TrainingPair], total: float, stats: UpdateStats) -> None:
-        tokens = [pair.tokens for pair in pairs] or [_PLACEHOLDER]
-        batch = lay_out(tokens, self._layout, self._pad_token_id, self._device)
-        logprobs = self._trainer.forward(batch)
-        if not pairs:
+    def _micro_batches(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+        """As many on every rank, the last ones empty where a rank has fewer pairs."""
+        size = self._micro_batch_size
+        return [items[start : start + size] for start in range(0, self._pairs_per_step, size)]
+
+    def _micro_step(
+        self,
+        entries: Sequence[Entry],
+        total: float,
+        crossed: tuple[torch.Tensor | None, torch.Tensor | None],
+        step: int,
+        stats: UpdateStats,
+    ) -> None:
+        needs = self._algorithm.needs
+        batch = self._layout.rows(
+            [entry.pair.tokens for entry in entries] or [_PLACEHOLDER], wants_entropies=needs.tokens
+        )
+        output = self._trainer.forward(batch)
+        logprobs, entropies = (output[0], output[1].detach()) if needs.tokens else (output, None)
+        if not entries:
             self._trainer.backward(0.0 * logprobs.sum())
             return
-        policy = ResponseLogprobs.from_tokens(logprobs, batch.segments, batch.num_pairs)
-        reference = self._reference_logprobs(batch)
-        result = self._algorithm.loss(policy, reference if self._algorithm.needs.reference else None)
+        policy = self._responses(logprobs, entropies, batch)
+        reference = self._reference_of(entries, batch, logprobs)
+        facts = PairBatch(
+            margins=torch.tensor([entry.pair.margin for entry in entries]).to(logprobs),
+            policy_kl=crossed[0],
+            reference_kl=crossed[1],
+        )
+        result = self._algorithm.loss(policy, reference if needs.reference else None, facts)
         self._trainer.backward(result.losses.sum() / total)
         with torch.no_grad():
             stats.loss.extend(result.losses.tolist())
@@ -132,17 +173,81 @@ class Updater:
             if reference is not None:
                 stats.kl.extend((policy.chosen - reference.chosen).tolist())
                 stats.kl.extend((policy.rejected - reference.rejected).tolist())
-            sampler = torch.from_numpy(np.concatenate([pair.sampler_logprobs for pair in pairs])).to(logprobs)
-            self._note_mismatch(logprobs.detach(), sampler, stats)
+            if stats.num_steps == 0:
+                self._note_mismatch(logprobs.detach(), entries, step, stats)
 
-    def _reference_logprobs(self, batch: ForwardBatch) -> ResponseLogprobs | None:
+    def _responses(
+        self, logprobs: torch.Tensor, entropies: torch.Tensor | None, batch: ForwardBatch
+    ) -> ResponseLogprobs:
+        tokens = None
+        if self._algorithm.needs.tokens:
+            tokens = pair_tokens(logprobs, entropies, batch.segments, batch.num_pairs)
+        return ResponseLogprobs.from_tokens(logprobs, batch.segments, batch.num_pairs, tokens=tokens)
+
+    # ------------------------------------------------------------------ what the reference and other prompts say
+
+    def _score_by_reference(self, stats: UpdateStats) -> None:
+        """Ask the reference for the new pairs that can be trained on."""
         if self._reference is None:
-            return None
-        with torch.no_grad():
-            return ResponseLogprobs.from_tokens(self._reference(batch), batch.segments, batch.num_pairs)
+            return
+        start = time.perf_counter()
+        new = [e for e in self._buffer if e.pair.is_trainable and e.reference_logprobs is None]
+        new.sort(key=lambda entry: entry.pair.tokens.num_tokens)
+        for first in range(0, len(new), self._micro_batch_size):
+            part = new[first : first + self._micro_batch_size]
+            with torch.no_grad():
+                flat = self._reference(self._layout.rows([e.pair.tokens for e in part])).float().cpu().numpy()
+            ends = np.cumsum([e.pair.tokens.num_response_tokens for e in part])
+            for entry, values in zip(part, np.split(flat, ends[:-1]), strict=True):
+                entry.reference_logprobs = values
+        stats.reference_s = time.perf_counter() - start
 
-    def _note_mismatch(self, learner: torch.Tensor, sampler: torch.Tensor, stats: UpdateStats) -> None:
-        found = mismatch(learner, sampler)
+    def _reference_of(
+        self, entries: Sequence[Entry], batch: ForwardBatch, like: torch.Tensor
+    ) -> ResponseLogprobs | None:
+        found = [entry.reference_logprobs for entry in entries if entry.reference_logprobs is not None]
+        if not found:
+            return None
+        return self._responses(torch.from_numpy(np.concatenate(found)).to(like), None, batch)
+
+    def _crossed(self, entries: Sequence[Entry]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both policies' log-probabilities (K,) of the gradient step's responses under prompts of other pairs.
+
+        Two pairs side by side swap their responses, which takes no exchange between ranks. Where no rank has two
+        pairs there is nothing to swap, and the reference point of such a step is zero.
+        """
+        assert self._reference is not None
+        mine = [entry.pair.tokens for entry in entries]
+        swapped = [other for pair in zip(mine[1::2], mine[0::2], strict=False) for other in pair]
+        crossed = [
+            TokenPair(prompt=pair.prompt, chosen=other.chosen, rejected=other.rejected)
+            for pair, other in zip(mine, swapped, strict=False)
+        ]
+        policy: list[torch.Tensor] = []
+        reference: list[torch.Tensor] = []
+        for part in self._micro_batches(crossed):
+            batch = self._layout.rows(part or [_PLACEHOLDER])
+            with torch.no_grad():
+                both = self._trainer.forward(batch), self._reference(batch)
+            if part:
+                for values, found in zip(both, (policy, reference), strict=True):
+                    sums = ResponseLogprobs.from_tokens(values, batch.segments, batch.num_pairs)
+                    found += [sums.chosen, sums.rejected]
+        return self._gathered(policy), self._gathered(reference)
+
+    def _gathered(self, values: list[torch.Tensor]) -> torch.Tensor:
+        flat = torch.cat(values).float().cpu().numpy() if values else np.zeros(0, np.float32)
+        parts = [np.frombuffer(part, np.float32) for part in self._trainer.gather_bytes(flat.tobytes())]
+        everything = np.concatenate(parts) if sum(map(len, parts)) else np.zeros(1, np.float32)
+        return torch.from_numpy(everything).to(self._layout.device)
+
+    def _note_mismatch(self, learner: torch.Tensor, entries: Sequence[Entry], step: int, stats: UpdateStats) -> None:
+        is_new = np.repeat(
+            [entry.step == step for entry in entries], [e.pair.tokens.num_response_tokens for e in entries]
+        )
+        sampler = np.concatenate([entry.pair.sampler_logprobs for entry in entries])
+        mask = torch.from_numpy(is_new).to(learner.device)
+        found = mismatch(learner[mask], torch.from_numpy(sampler[is_new]).to(learner))
         stats.mismatch_mean += Mean(found["abs_difference_sum"], found["num_tokens"])
         stats.mismatch_outside += Mean(found["num_outside"], found["num_tokens"])
         stats.mismatch_max = max(stats.mismatch_max, found["abs_difference_max"])

@@ -14,7 +14,7 @@ import torch
 
 from oatlite.algorithms.base import Algorithm, CandidateSet, Duel, Options
 from oatlite.maths.losses import PairLosses
-from oatlite.maths.pairs import ResponseLogprobs
+from oatlite.maths.pairs import PairBatch, ResponseLogprobs
 
 
 class FarApartOptions(Options):
@@ -40,7 +40,7 @@ class FarApart(Algorithm):
                 duels.append(Duel(m, low, high))
         return duels
 
-    def loss(self, policy: ResponseLogprobs, reference: ResponseLogprobs | None) -> PairLosses:
+    def loss(self, policy: ResponseLogprobs, reference: ResponseLogprobs | None, batch: PairBatch) -> PairLosses:
         chosen = policy.chosen / policy.chosen_lengths
         rejected = policy.rejected / policy.rejected_lengths
         losses = torch.relu(self.options.margin - (chosen - rejected))

@@ -1,0 +1,49 @@
+"""The pairs that a rank trains on: those of the newest step and, on request, those of some steps before it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from oatlite.messages import Float32
+from oatlite.models import TokenPair
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPair:
+    """A judged pair. ``sampler_logprobs`` are those of the chosen response, then of the rejected one; ``margin`` is
+    the oracle's reward of the one minus that of the other; ``is_trainable`` says that the verdict can be used."""
+
+    tokens: TokenPair
+    sampler_logprobs: Float32
+    is_trainable: bool
+    margin: float = 0.0
+
+
+@dataclass(slots=True)
+class Entry:
+    """A pair of step ``step``; ``reference_logprobs`` is in the order of ``pair.sampler_logprobs``, once known."""
+
+    pair: TrainingPair
+    step: int
+    reference_logprobs: Float32 | None = None
+
+
+class PairBuffer:
+    """First in, first out, by whole steps: so all ranks hold the same number of steps, whatever their pairs."""
+
+    def __init__(self, num_steps: int, clear_every: int | None = None) -> None:
+        self._steps: deque[list[Entry]] = deque(maxlen=num_steps)
+        self._clear_every = clear_every
+
+    def add(self, pairs: Sequence[TrainingPair], step: int) -> None:
+        """The pairs of ``step``; the oldest step goes where there is no room, and all of them when a clearing is due
+        (after every ``clear_every``-th step)."""
+        if self._clear_every is not None and (step - 1) % self._clear_every == 0:
+            self._steps.clear()
+        self._steps.append([Entry(pair, step) for pair in pairs])
+
+    def __iter__(self) -> Iterator[Entry]:
+        for entries in self._steps:
+            yield from entries
