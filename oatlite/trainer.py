@@ -6,16 +6,18 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 SCHEDULE_FLOOR = 0.1
+STATE_FOLDER = "optimizer"
 ScheduleName = Literal["cosine", "linear", "constant"]
 
 
@@ -123,6 +125,8 @@ class Trainer:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=_deepspeed_config(options, ranks), dist_init_required=False
         )
+        # A script of DeepSpeed's that it would copy into every checkpoint.
+        self._engine._copy_recovery_script = lambda path: None
         self._num_steps = 0
         self._grad_norm = math.nan
         self._set_lr()
@@ -206,9 +210,51 @@ class Trainer:
         else:
             yield lambda name: chosen[name].data
 
+    def save(self, folder: Path, open_file: Callable[[str], AbstractContextManager[BinaryIO]]) -> None:
+        """Write everything that the next gradient step depends on; all ranks together.
+
+        ``open_file`` opens a new file by its path within ``folder``, which every rank can see.
+        """
+        self._engine.checkpoint_engine = _state_files(folder, open_file)
+        self._engine.save_checkpoint(
+            str(folder), tag=STATE_FOLDER, client_state={"oatlite_num_steps": self._num_steps}, save_latest=False
+        )
+
+    def load(self, folder: Path) -> None:
+        """Take over what :meth:`save` wrote with as many ranks and the same options. Nothing in it is executed."""
+        self._engine.checkpoint_engine = _state_files(folder, None)
+        _, client_state = self._engine.load_checkpoint(str(folder), tag=STATE_FOLDER)
+        self._num_steps = int(client_state["oatlite_num_steps"])
+        self._set_lr()
+
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _state_files(folder: Path, open_file: Callable[[str], AbstractContextManager[BinaryIO]] | None) -> Any:
+    """DeepSpeed's way to files: written through ``open_file``, read without running what lies in them."""
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    class StateFiles(CheckpointEngine):  # type: ignore[misc]
+        def create(self, info: Any) -> None: ...
+
+        def save(self, state_dict: Any, path: str) -> None:
+            assert open_file is not None
+            with open_file(str(Path(path).relative_to(folder))) as file:
+                torch.save(state_dict, file)
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+        def commit(self, info: Any) -> bool:
+            return True
+
+    return StateFiles()
 
 
 def _deepspeed_config(options: OptimizerOptions, ranks: Ranks) -> dict[str, Any]:

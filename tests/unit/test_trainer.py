@@ -18,12 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from oatlite.checkpoint import CheckpointWriter, FileRecord, name_of
 from oatlite.trainer import SCHEDULE_FLOOR, OptimizerOptions, Ranks, Trainer, schedule_factor
 
 SCHEDULES = ["cosine", "linear", "constant"]
 NUM_STEPS = 3
 ROWS_PER_STEP = 8
-LATEST_S = 120
+LATEST_S = 300
 
 BASE = OptimizerOptions(
     lr=0.05,
@@ -56,12 +57,13 @@ CASES = {
         "ZeRO 2": cut_into(2, zero_stage=2, max_grad_norm=CLIPPED),
         "bfloat16": cut_into(4, dtype="bfloat16"),
         "bfloat16, ZeRO 2": cut_into(4, dtype="bfloat16", zero_stage=2),
+        "ZeRO 3": cut_into(2, zero_stage=3, max_grad_norm=CLIPPED),
     },
     2: {
         f"ZeRO {stage}, {micro_steps} micro-steps, norm {norm:g}": cut_into(
             micro_steps, 2, zero_stage=stage, max_grad_norm=norm
         )
-        for stage in (0, 2)
+        for stage in (0, 1, 2, 3)
         for micro_steps, norm in ((1, 1e9), (2, CLIPPED))
     },
 }
@@ -121,10 +123,18 @@ def as_lists(named):
 # --------------------------------------------------------------------------- one rank, as a program
 
 
-def trained_by_deepspeed(options, ranks):
+def trained_by_deepspeed(options, ranks, saved=None):
+    """With a folder ``saved``, a second trainer takes over after each step from what the one before has left there."""
     trainer = Trainer(Regression(), options, ranks)
     steps = []
     for step in range(NUM_STEPS):
+        if saved is not None and step:
+            write_state(trainer, ranks, saved / str(step))
+            model = Regression()
+            for parameter in model.parameters():
+                nn.init.zeros_(parameter)
+            trainer = Trainer(model, options, ranks)
+            trainer.load(saved / str(step) / name_of(1))
         inputs, targets = (part.chunk(ranks.count)[ranks.rank].chunk(options.micro_steps) for part in rows_of(step))
         for x, y in zip(inputs, targets, strict=True):
             trainer.backward(loss_of(trainer.forward(x).float(), y))
@@ -135,6 +145,18 @@ def trained_by_deepspeed(options, ranks):
     return trainer, {"weights": weights, "norms": [s.grad_norm for s in steps], "rates": [s.lr for s in steps]}
 
 
+def write_state(trainer, ranks, root):
+    writer = CheckpointWriter(root, 1)
+    if ranks.rank == 0:
+        writer.begin()
+    trainer.add_up([0.0])
+    trainer.save(writer.folder, writer.open)
+    parts = trainer.gather_bytes(json.dumps([dataclasses.astuple(record) for record in writer.records]).encode())
+    if ranks.rank == 0:
+        writer.complete(1, [FileRecord(*record) for part in parts for record in json.loads(part)], {})
+    trainer.add_up([0.0])
+
+
 def rank_main(rank, count, folder):
     torch.set_num_threads(1)
     ranks = Ranks(
@@ -143,6 +165,8 @@ def rank_main(rank, count, folder):
     results = {}
     for name, options in CASES[count].items():
         trainer, results[name] = trained_by_deepspeed(options, ranks)
+        _, again = trained_by_deepspeed(options, ranks, folder / "states" / name)
+        results[name]["is_resumable"] = again == results[name]
     longest = bytes(range(256)) * 4 * rank  # rank 0 has nothing to say
     results["agreement"] = {
         "sum": trainer.add_up([rank + 1.0, 0.1, 2.0**53 if rank == 0 else 1.0]),
@@ -224,6 +248,16 @@ def test_the_cases_can_be_told_apart(one_rank):
     assert len(set(plain["rates"])) == NUM_STEPS
     for case in ("clipped", "linear"):
         assert one_rank[case]["weights"]["layers.0.bias"] != pytest.approx(plain["weights"]["layers.0.bias"], abs=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES[1])
+def test_a_trainer_that_was_replaced_after_every_step_takes_the_same_steps_bit_for_bit(one_rank, case):
+    assert one_rank[case]["is_resumable"]
+
+
+@pytest.mark.parametrize("case", CASES[2])
+def test_ranks_that_were_replaced_after_every_step_take_the_same_steps_bit_for_bit(two_ranks, case):
+    assert all(result[case]["is_resumable"] for result in two_ranks)
 
 
 # --------------------------------------------------------------------------- what ranks tell each other

@@ -1,0 +1,213 @@
+"""Checkpoints as folders that are complete or absent, and are what was written.
+
+A checkpoint is written beside its place, each file hashed and synced to disk, then its manifest, then it is renamed:
+``checkpoints/step-000120`` is complete if it exists. What a killed run left half written has another name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from oatlite.errors import CheckpointError, StorageError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{6,})")
+_UNFINISHED = ".writing-"
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file of a checkpoint by its path within: size in bytes and BLAKE2b-256 of the content."""
+
+    name: str
+    num_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint; ``about`` is what was saved with it: numbers, texts, and tables of these."""
+
+    folder: Path
+    step: int
+    about: dict[str, Any]
+    files: tuple[FileRecord, ...]
+
+    def verify(self) -> None:
+        """Read every file. Raises CheckpointError naming the first that is missing, torn or changed."""
+        for record in self.files:
+            path = self.folder / record.name
+            try:
+                size = path.stat().st_size
+                digest = _digest(path) if size == record.num_bytes else ""
+            except OSError as error:
+                raise self._damaged(f"{path} cannot be read: {error.strerror}") from error
+            if size != record.num_bytes:
+                raise self._damaged(f"{path} has {size} bytes, and {record.num_bytes} were written")
+            if digest != record.digest:
+                raise self._damaged(f"{path} is not what was written")
+
+    def _damaged(self, what: str) -> CheckpointError:
+        older = [other.step for other in complete(self.folder.parent) if other.step < self.step]
+        fix = f"add --from-step {older[0]}, the checkpoint before it" if older else "there is no older checkpoint"
+        return CheckpointError(what, fix)
+
+
+class CheckpointWriter:
+    """One process's part of a checkpoint of ``step`` under ``root``.
+
+    The processes that write one together each call :meth:`begin` (the first of them before all others), write their
+    files, and give their ``records`` to the first, which calls :meth:`complete`.
+    """
+
+    def __init__(self, root: Path, step: int) -> None:
+        self.folder = root / f"{_UNFINISHED}{name_of(step)}"
+        self.records: list[FileRecord] = []
+        self._final = root / name_of(step)
+
+    def begin(self) -> None:
+        """Make the folder anew. Raises StorageError if the disk refuses."""
+        with _storage_errors(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        """A new file of the checkpoint to write from start to end; on disk when the block ends.
+
+        Raises StorageError with the space that is left if the disk refuses.
+        """
+        path = self.folder / name
+        with _storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("xb") as file:
+                hashing = _HashingFile(file)
+                yield cast(BinaryIO, hashing)
+                file.flush()
+                os.fsync(file.fileno())
+        self.records.append(FileRecord(name, hashing.num_bytes, hashing.digest()))
+
+    def complete(self, step: int, records: list[FileRecord], about: Mapping[str, Any]) -> None:
+        """Write the manifest over all processes' ``records`` and give the folder its name."""
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "files": [{"name": r.name, "num_bytes": r.num_bytes, "digest": r.digest} for r in records],
+            "about": dict(about),
+        }
+        with self.open(MANIFEST) as file:
+            file.write(json.dumps(manifest, indent=1).encode())
+        with _storage_errors(self._final):
+            for folder in {(self.folder / r.name).parent for r in records} | {self.folder}:
+                _sync_folder(folder)
+            # A run that was resumed from before this step makes it again.
+            shutil.rmtree(self._final, ignore_errors=True)
+            os.rename(self.folder, self._final)
+            _sync_folder(self._final.parent)
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def complete(root: Path) -> list[Checkpoint]:
+    """The complete checkpoints under ``root``, newest first. Raises CheckpointError for an unreadable manifest."""
+    folders = [path for path in root.glob("step-*") if _NAME.fullmatch(path.name)] if root.is_dir() else []
+    return sorted((_read(folder) for folder in folders), key=lambda found: found.step, reverse=True)
+
+
+def unfinished(root: Path) -> list[Path]:
+    """What runs that were killed while saving have left."""
+    return sorted(root.glob(f"{_UNFINISHED}*"))
+
+
+def prune(root: Path, keep_last: int, *, newer_than: int | None = None) -> None:
+    """Remove all but the ``keep_last`` newest, what is half written, and what is ``newer_than`` a step, if given."""
+    for path in unfinished(root):
+        shutil.rmtree(path, ignore_errors=True)
+    found = complete(root)
+    beyond = [one for one in found if newer_than is not None and one.step > newer_than]
+    kept = [one for one in found if one not in beyond][:keep_last]
+    for one in found:
+        if one not in kept:
+            # Its name goes first, so that a removal that is interrupted leaves nothing that looks complete.
+            doomed = root / f"{_UNFINISHED}{one.folder.name}"
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(one.folder, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _read(folder: Path) -> Checkpoint:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{folder} has the format {manifest['format']}, and this version reads {FORMAT}")
+        files = tuple(FileRecord(f["name"], int(f["num_bytes"]), f["digest"]) for f in manifest["files"])
+        return Checkpoint(folder=folder, step=int(manifest["step"]), about=manifest["about"], files=files)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST} cannot be read: {type(error).__name__}", f"remove {folder} to go on from an older one"
+        ) from error
+
+
+class _HashingFile:
+    """The writing half of a file, as far as what saves into it needs."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.blake2b(digest_size=32)
+        self.num_bytes = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self._file.write(view)
+        self.num_bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        fix = "give the run a folder that can be written to"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = next(parent for parent in (path, *path.parents) if parent.exists())
+            fix = f"{shutil.disk_usage(place).free} bytes are free there; free more, or set checkpoint.keep_last = 1"
+        raise StorageError(f"cannot write {path}: {error.strerror or error}", fix) from error
