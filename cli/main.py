@@ -21,6 +21,12 @@ def _train() -> Command:
     return train
 
 
+def _resume() -> Command:
+    from .resume import resume
+
+    return resume
+
+
 def _sft() -> Command:
     from .sft import sft
 
@@ -35,6 +41,7 @@ def _reward_model() -> Command:
 
 COMMANDS: dict[str, tuple[Callable[[], Command], str]] = {
     "train": (_train, "Align a policy online: sample, compare, learn, sync."),
+    "resume": (_resume, "Go on with a stopped run from its last checkpoint."),
     "sft": (_sft, "Train a policy on prompts and reference answers."),
     "reward-model": (_reward_model, "Train a reward model on preferences (Bradley-Terry)."),
 }

@@ -13,7 +13,8 @@ from oatlite.hardware import gpu_names
 from .options import given_settings, setting
 
 RUN, TASK, ALGORITHM, SAMPLING = "Run", "Model and data", "Algorithm", "Sampling"
-BATCHES, ORACLE, PLACEMENT, EVALUATION = "Batches", "Oracle", "Placement", "Evaluation"
+BATCHES, ORACLE, PLACEMENT = "Batches", "Oracle", "Placement"
+EVALUATION, CHECKPOINTS = "Evaluation", "Checkpoints"
 
 
 def train(
@@ -73,6 +74,8 @@ def train(
     learners: Annotated[int | None, setting("placement.learners", PLACEMENT)] = None,
     eval_every: Annotated[int | None, setting("eval.every", EVALUATION)] = None,
     eval_prompts: Annotated[int | None, setting("eval.prompts", EVALUATION)] = None,
+    save_every: Annotated[int | None, setting("checkpoint.save_every", CHECKPOINTS)] = None,
+    keep_last: Annotated[int | None, setting("checkpoint.keep_last", CHECKPOINTS)] = None,
 ) -> None:
     """Align a policy online: sample, compare, learn, sync.
 

@@ -126,7 +126,7 @@ def name_of(step: int) -> str:
 def complete(root: Path) -> list[Checkpoint]:
     """The complete checkpoints under ``root``, newest first. Raises CheckpointError for an unreadable manifest."""
     folders = [path for path in root.glob("step-*") if _NAME.fullmatch(path.name)] if root.is_dir() else []
-    return sorted((_read(folder) for folder in folders), key=lambda found: found.step, reverse=True)
+    return sorted((read(folder) for folder in folders), key=lambda found: found.step, reverse=True)
 
 
 def unfinished(root: Path) -> list[Path]:
@@ -150,7 +150,8 @@ def prune(root: Path, keep_last: int, *, newer_than: int | None = None) -> None:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _read(folder: Path) -> Checkpoint:
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in ``folder``, by its manifest alone. Raises CheckpointError where that cannot be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:

@@ -14,7 +14,10 @@ class OatliteError(Exception):
     def __init__(self, message: str, fix: str = "") -> None:
         self.message = " ".join(message.split())
         self.fix = " ".join(fix.split())
-        super().__init__(f"{self.message}; {self.fix}" if self.fix else self.message)
+        super().__init__(self.message, self.fix)
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.fix}" if self.fix else self.message
 
 
 class ConfigError(OatliteError):

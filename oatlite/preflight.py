@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +29,7 @@ class Plan:
     ``num_prompts`` training prompts are left after ``num_dropped`` rows that were empty or too long (the held-out
     ones counted in); ``num_queries`` is what the oracle will be asked at most, one query a prompt. The last step of
     a run that ``data.max_queries`` ends may be a part of one. ``longest_prompt`` is in tokens, held-out ones included.
+    ``fingerprints`` tell whether a run that resumes finds the model, the tokenizer and the prompts that it had.
     """
 
     num_prompts: int
@@ -36,6 +39,7 @@ class Plan:
     total_steps: int
     num_queries: int
     longest_prompt: int
+    fingerprints: dict[str, str]
 
 
 def check(config: Config) -> Plan:
@@ -66,7 +70,22 @@ def check(config: Config) -> Plan:
     )
     longest = max(len(tokens) for tokens in [*training.tokens, *held_out.tokens])
     _check_lengths(config, longest, limit)
-    return _plan(config, training, held_out, longest)
+    fingerprints = {
+        "model": _digest(_architecture(policy)),
+        "tokenizer": _digest(sorted(tokenizer.get_vocab().items())),
+        "prompts": _digest([tokens.tolist() for tokens in training.tokens]),
+    }
+    return _plan(config, training, held_out, longest, fingerprints)
+
+
+def _architecture(model: PretrainedConfig) -> dict[str, object]:
+    """What decides the shape of a model, without what depends on where it lies and on the library's version."""
+    passing = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
+    return {key: value for key, value in model.to_dict().items() if key not in passing}
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def _check_policy(config: Config) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -159,7 +178,7 @@ def _check_lengths(config: Config, longest: int, limit: float) -> None:
     raise ConfigError(needed, f"set data.max_prompt_tokens to {limit - new_tokens:.0f} or less")
 
 
-def _plan(config: Config, training: PromptSet, held_out: PromptSet, longest: int) -> Plan:
+def _plan(config: Config, training: PromptSet, held_out: PromptSet, longest: int, fingerprints: dict[str, str]) -> Plan:
     a_step, num_prompts = config.rollout.prompts_per_step, len(training)
     if num_prompts < a_step:
         held = f", {len(held_out)} being held out" if config.data.eval_split is None and len(held_out) else ""
@@ -181,4 +200,5 @@ def _plan(config: Config, training: PromptSet, held_out: PromptSet, longest: int
         total_steps=total_steps,
         num_queries=num_queries,
         longest_prompt=longest,
+        fingerprints=fingerprints,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -15,8 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from oatlite.checkpoint import Checkpoint, unfinished
 from oatlite.config.dump import dump_toml
 from oatlite.config.placement import Place, places
+from oatlite.config.resolve import DEFAULT_NAME
 from oatlite.config.schema import Config
 from oatlite.errors import (
     BY_EXIT_CODE,
@@ -32,8 +36,9 @@ from oatlite.launcher import LocalLauncher, Worker
 from oatlite.messages import Failure, Message, Record, Stage
 from oatlite.metrics.console import Console, open_console
 from oatlite.preflight import Plan, check
+from oatlite.resuming import how_to_go_on, require_same_run
 from oatlite.transport import Hub, address
-from oatlite.workers.spec import CONTROL_SOCKET, WorkerSpec
+from oatlite.workers.spec import CONTROL_SOCKET, STOP_SIGNAL, WorkerSpec
 
 POLL_S = 0.2
 MAX_ACTOR_RESTARTS = 3
@@ -45,8 +50,8 @@ SEGMENT_PREFIX = "oatlite-"
 class Interrupted(OatliteError):
     """Ctrl-C or SIGTERM ended the run; ``exit_code`` says which."""
 
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("interrupted" if exit_code == EXIT_INTERRUPTED else "terminated")
+    def __init__(self, exit_code: int, message: str = "interrupted") -> None:
+        super().__init__(message)
         self.exit_code = exit_code
 
 
@@ -69,19 +74,36 @@ class _Role:
         return self.place.role == "actor"
 
 
-def train(config: Config) -> int:
-    """Run a resolved configuration to its end. Returns 0, or raises the OatliteError that ended the run."""
+def train(config: Config, checkpoint: Checkpoint | None = None) -> int:
+    """Run a resolved configuration to its end, from its start or from a ``checkpoint`` of the same run.
+
+    Returns 0, or raises the OatliteError that ended the run.
+    """
     effective = _with_demo(config)
     plan = check(effective)
-    run_dir = _create_run_dir(config)
+    if checkpoint is None:
+        run_dir = _create_run_dir(config)
+    else:
+        run_dir = checkpoint.folder.parents[1].resolve()
+        require_same_run(checkpoint, effective, plan.fingerprints)
     title = f"{run_dir.name}  {config.algorithm.name}  {config.model.path}"
     with (
+        _held(run_dir),
         LocalLauncher(SEGMENT_PREFIX) as launcher,
         open_console(config.run.ui, title=title, total_steps=plan.total_steps) as console,
     ):
         _note_dropped(console, plan)
+        if checkpoint is not None:
+            for path in unfinished(checkpoint.folder.parent):
+                console.note(f"{path.name} was not complete when its run ended, and is skipped")
+            console.note(f"resuming after step {checkpoint.step}")
         started = time.monotonic()
-        Supervisor(effective, plan, run_dir, launcher, console).run()
+        resume_from = checkpoint.folder.resolve() if checkpoint is not None else None
+        try:
+            Supervisor(effective, plan, run_dir, launcher, console, resume_from).run()
+        except OatliteError as error:
+            error.fix = "; ".join(part for part in (error.fix, how_to_go_on(run_dir)) if part)
+            raise
         console.close(_summary(plan, run_dir, time.monotonic() - started))
     return 0
 
@@ -106,16 +128,33 @@ def _with_demo(config: Config) -> Config:
 
 
 def _create_run_dir(config: Config) -> Path:
+    """Claim the run's folder; of runs that start at the same moment under a default name, each gets one of its own."""
     assert config.run.name is not None
     run_dir = Path(config.run.dir) / config.run.name
     try:
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+        for candidate in (run_dir, *(run_dir.with_name(f"{run_dir.name}-{n}") for n in range(2, 100))):
+            with contextlib.suppress(FileExistsError):
+                (candidate / "logs").mkdir(parents=True)
+                (candidate / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+                return candidate.resolve()
+            if not DEFAULT_NAME.fullmatch(run_dir.name):
+                break
     except OSError as error:
         raise ConfigError(
             f"cannot write the run folder {run_dir}: {error.strerror}", "give another --run-dir"
         ) from None
-    return run_dir.resolve()
+    raise ConfigError(f"the run folder {run_dir} is in use", "type another --name")
+
+
+@contextmanager
+def _held(run_dir: Path) -> Iterator[None]:
+    """Keep every other supervisor out of the run's folder; the lock ends with this process, however that ends."""
+    with (run_dir / "config.toml").open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"the run {run_dir} is still going on", "stop it first, or name another run") from None
+        yield
 
 
 def _note_dropped(console: Console, plan: Plan) -> None:
@@ -137,15 +176,25 @@ def _summary(plan: Plan, run_dir: Path, seconds: float) -> dict[str, Any]:
 class Supervisor:
     """Spawns the workers and watches them: exits, silence, last words, signals."""
 
-    def __init__(self, config: Config, plan: Plan, run_dir: Path, launcher: LocalLauncher, console: Console) -> None:
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        run_dir: Path,
+        launcher: LocalLauncher,
+        console: Console,
+        resume_from: Path | None = None,
+    ) -> None:
         self._config = config
         self._plan = plan
         self._run_dir = run_dir
         self._launcher = launcher
         self._console = console
+        self._resume_from = resume_from
         self._hub = Hub(address(launcher.private_dir, CONTROL_SOCKET), launcher.run_id)
         self._roles: dict[str, _Role] = {}
         self._signals: list[int] = []
+        self._stop_by: float | None = None
 
     def run(self) -> None:
         """Until all learners are done. Raises the OatliteError that ended the run."""
@@ -156,6 +205,8 @@ class Supervisor:
                     self._spawn(place)
                 while not self._are_done():
                     self._watch()
+                if self._stop_by is not None and not (self._run_dir / "model").exists():
+                    raise Interrupted(EXIT_TERMINATED, "terminated, saved")
             except Interrupted:
                 self._launcher.stop_all(grace_s=0.0 if len(self._signals) > 1 else 5.0)
                 raise
@@ -173,6 +224,8 @@ class Supervisor:
             threads=len(place.cores),
             max_model_len=self._plan.longest_prompt + self._config.sampling.max_new_tokens,
             num_steps=self._plan.total_steps,
+            fingerprints=self._plan.fingerprints,
+            resume_from=self._resume_from,
             config=self._config,
         )
         self._roles[spec.role] = _Role(place, spec, self._start(place, spec))
@@ -272,8 +325,22 @@ class Supervisor:
             self._handle(*received)
 
     def _check_signals(self) -> None:
-        if self._signals:
-            raise Interrupted(EXIT_INTERRUPTED if self._signals[0] == signal.SIGINT else EXIT_TERMINATED)
+        """Act upon what was asked: SIGTERM lets the step finish and be saved, a second signal or Ctrl-C doesn't."""
+        if not self._signals:
+            return
+        if self._signals[0] == signal.SIGINT:
+            raise Interrupted(EXIT_INTERRUPTED)
+        learners = [role for role in self._roles.values() if not role.is_actor]
+        if len(self._signals) > 1 or not learners or not all(role.was_ready for role in learners):
+            raise Interrupted(EXIT_TERMINATED, "terminated, not saved")
+        if self._stop_by is None:
+            self._console.note("terminating: the step is finished and saved first")
+            self._stop_by = time.monotonic() + self._config.timeouts.stop_s
+            for role in learners:
+                role.worker.signal(STOP_SIGNAL)
+        if time.monotonic() > self._stop_by:
+            stop_s = self._config.timeouts.stop_s
+            raise Interrupted(EXIT_TERMINATED, f"terminated, not saved: the step took longer than {stop_s:.0f} s")
 
 
 @contextmanager

@@ -38,6 +38,8 @@ FLAGS: dict[str, str] = {
     "placement.learners": "--learners",
     "eval.every": "--eval-every",
     "eval.prompts": "--eval-prompts",
+    "checkpoint.save_every": "--save-every",
+    "checkpoint.keep_last": "--keep-last",
 }
 
 

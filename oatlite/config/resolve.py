@@ -16,21 +16,24 @@ from oatlite.hardware import existing_ancestor
 
 DEMO = "demo"
 DEMO_GOLD_SCORE = "oatlite.demo.task:true_score"
+DEFAULT_NAME = re.compile(r".+-\d{8}-\d{6}(-\d+)?")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def resolve(config: Config, num_gpus: int) -> Config:
+def resolve(config: Config, num_gpus: int, *, is_resumed: bool = False) -> Config:
     """Fill every ``None`` that has a default, for a machine with ``num_gpus``, and check the whole.
 
     Resolving a resolved configuration changes nothing but an unset ``run.name``. Raises :class:`ConfigError` for what
-    this machine lacks, numbers that don't divide, paths that are not there, and a run folder that cannot be used.
+    this machine lacks, numbers that don't divide, paths that are not there, and a run folder that cannot be used
+    (which ``is_resumed`` expects to be there).
     """
     _check_gpus(config, num_gpus)
     resolved = Config.model_validate(_filled(config, num_gpus))
     _check_ranks(resolved)
     _check_batches(resolved, batch_size_is_default=config.learner.batch_size is None)
     _check_paths(resolved)
-    _check_run_folder(resolved)
+    if not is_resumed:
+        _check_run_folder(resolved)
     return resolved
 
 

@@ -103,6 +103,11 @@ class EvalConfig(Section):
     )
 
 
+class CheckpointConfig(Section):
+    save_every: PositiveInt = Field(50, description="steps between checkpoints, from which a stopped run resumes")
+    keep_last: PositiveInt = Field(1, description="checkpoints kept; there is room needed for one more")
+
+
 class PlacementConfig(Section):
     gpus: NonNegativeInt | None = Field(None, description="GPUs to use; default: all there are; 0: the CPU")
     actors: PositiveInt | None = Field(None, description="actor processes; default: one per GPU, or one")
@@ -124,6 +129,7 @@ class TimeoutConfig(Section):
     oracle_s: PositiveFloat = 300
     learn_s: PositiveFloat = 1800
     sync_s: PositiveFloat = 300
+    stop_s: PositiveFloat = Field(300, description="for the step and the checkpoint that SIGTERM waits for")
     silence_s: PositiveFloat = Field(60, description="a process that gives no sign of life for longer is dead")
 
 
@@ -137,6 +143,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = SimPOConfig()
     oracle: OracleConfig = OracleConfig()
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     placement: PlacementConfig = PlacementConfig()
     sync: SyncConfig = SyncConfig()
     timeouts: TimeoutConfig = TimeoutConfig()

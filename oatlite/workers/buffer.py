@@ -34,16 +34,26 @@ class PairBuffer:
     """First in, first out, by whole steps: so all ranks hold the same number of steps, whatever their pairs."""
 
     def __init__(self, num_steps: int, clear_every: int | None = None) -> None:
-        self._steps: deque[list[Entry]] = deque(maxlen=num_steps)
+        self._held: deque[tuple[int, list[Entry]]] = deque(maxlen=num_steps)
         self._clear_every = clear_every
 
     def add(self, pairs: Sequence[TrainingPair], step: int) -> None:
         """The pairs of ``step``; the oldest step goes where there is no room, and all of them when a clearing is due
         (after every ``clear_every``-th step)."""
         if self._clear_every is not None and (step - 1) % self._clear_every == 0:
-            self._steps.clear()
-        self._steps.append([Entry(pair, step) for pair in pairs])
+            self._held.clear()
+        self._held.append((step, [Entry(pair, step) for pair in pairs]))
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are held, those without a pair too."""
+        return [step for step, _ in self._held]
+
+    def restore(self, steps: Sequence[int], entries: Sequence[Entry]) -> None:
+        """Hold ``entries`` of ``steps`` instead of what is held."""
+        self._held.clear()
+        self._held.extend((step, [entry for entry in entries if entry.step == step]) for step in steps)
 
     def __iter__(self) -> Iterator[Entry]:
-        for entries in self._steps:
+        for _, entries in self._held:
             yield from entries

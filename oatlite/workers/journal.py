@@ -19,9 +19,14 @@ log = logging.getLogger(__name__)
 class Journal:
     """``metrics.jsonl``, ``samples.jsonl``, ``eval/`` and what the screen shows of them."""
 
-    def __init__(self, run_dir: Path, lifeline: Lifeline, more_sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self, run_dir: Path, lifeline: Lifeline, more_sinks: Sequence[Sink] = (), *, resumed_step: int | None = None
+    ) -> None:
+        """A run that resumes after ``resumed_step`` makes later steps again: what is there of them goes first."""
         self._eval_dir = run_dir / "eval"
         self._eval_dir.mkdir(exist_ok=True)
+        if resumed_step is not None:
+            cut_after(run_dir, resumed_step)
         self._lifeline = lifeline
         self._sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl"), *more_sinks]
         self._samples = JsonlSink(run_dir / "samples.jsonl")
@@ -50,6 +55,31 @@ class Journal:
         self._samples.close()
         for sink in self._sinks:
             sink.close()
+
+
+def cut_after(run_dir: Path, step: int) -> None:
+    """Remove records, samples and evaluations of later steps. Raises StorageError if the disk refuses."""
+    try:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _cut_lines(run_dir / name, step)
+        for path in (run_dir / "eval").glob("step-*.jsonl"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+    except OSError as error:
+        raise StorageError(f"cannot write in {run_dir}: {error.strerror}") from error
+
+
+def _cut_lines(path: Path, step: int) -> None:
+    """Cut a file of JSON lines where the first one of a later step, or one that is torn, begins."""
+    if not path.exists():
+        return
+    end = 0
+    with path.open("r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+        file.truncate(end)
 
 
 def _short(value: Any) -> Any:

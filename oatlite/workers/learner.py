@@ -12,6 +12,7 @@ from oatlite.metrics.records import Mean
 from oatlite.workers.contracts import Actors, Keeps, Policies, Ranks, Shows, Updates
 from oatlite.workers.evaluation import Judge
 from oatlite.workers.experience import Experience, Rollouts
+from oatlite.workers.saving import Progress, Saves
 from oatlite.workers.update import UpdateStats
 
 
@@ -32,6 +33,9 @@ class Learner:
         journal: Keeps | None,
         shows: Shows,
         measure: Callable[[], dict[str, Any]],
+        keeper: Saves | None = None,
+        progress: Progress | None = None,
+        is_stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config = config
         self._num_steps = num_steps
@@ -44,13 +48,20 @@ class Learner:
         self._journal = journal
         self._shows = shows
         self._measure = measure
-        self._num_queries = 0
+        self._keeper = keeper
+        self._progress = progress or Progress()
+        self._is_stop_asked = is_stop_asked
 
-    def run(self) -> None:
-        """All steps, with an evaluation before the first, after the last, and every so often between."""
+    def run(self) -> bool:
+        """All steps that are left, with an evaluation before the first, after the last, and every so often between.
+
+        Returns whether the last step was reached: a stop that was asked for ends the run after a step, with a
+        checkpoint.
+        """
         config = self._config
-        self.evaluate(0)
-        for step in range(1, self._num_steps + 1):
+        if not self._progress.step:
+            self.evaluate(0)
+        for step in range(self._progress.step + 1, self._num_steps + 1):
             clock = _Clock()
             rollouts = self._experience.collect(step)
             clock.lap("collect_s")
@@ -64,6 +75,13 @@ class Learner:
             self._report(step, rollouts, stats, clock)
             if step % config.eval.every == 0 or step == self._num_steps:
                 self.evaluate(step)
+            is_stopping = step < self._num_steps and self._ranks.maximum(float(self._is_stop_asked())) > 0
+            if self._keeper is not None and (is_stopping or step % config.checkpoint.save_every == 0):
+                with self._shows.doing("save", f"step {step}"):
+                    self._keeper.save(self._progress)
+            if is_stopping:
+                return False
+        return True
 
     def evaluate(self, step: int) -> None:
         """Judge the newest policy. Where the actors hold an older one, push the newest and restore theirs after."""
@@ -88,7 +106,11 @@ class Learner:
         means = self._add_up(rollouts.means | stats.means())
         num_trained = sum(pair.is_trainable for pair in rollouts.pairs)
         pairs, trained, tokens = map(int, self._ranks.add_up([len(rollouts.pairs), num_trained, rollouts.num_tokens]))
-        self._num_queries += pairs
+        self._progress = Progress(
+            step=step,
+            num_queries=self._progress.num_queries + pairs,
+            policy_version=self._actors.policy_version,
+        )
         rows = self._gather(rollouts.rows)
         if self._journal is None:
             return
@@ -104,7 +126,7 @@ class Learner:
             "step",
             step=step,
             policy_version=rollouts.policy_version,
-            queries=self._num_queries,
+            queries=self._progress.num_queries,
             epoch=rollouts.epoch,
             lr=stats.lr,
             gradient_steps=stats.num_steps,

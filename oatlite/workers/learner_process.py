@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import resource
+import signal
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from oatlite.algorithms import build_algorithm
 from oatlite.algorithms.base import Algorithm
+from oatlite.checkpoint import read
 from oatlite.config.resolve import gradient_steps
 from oatlite.config.schema import Config
 from oatlite.data import load_prompts, load_tokenizer
@@ -30,7 +33,8 @@ from oatlite.workers.learner import Learner
 from oatlite.workers.lifeline import Lifeline
 from oatlite.workers.policies import PolicyWeights
 from oatlite.workers.rollout import ActorPool, Deadlines
-from oatlite.workers.spec import WorkerSpec, rollout_socket
+from oatlite.workers.saving import Keeper, Progress
+from oatlite.workers.spec import STOP_SIGNAL, WorkerSpec, checkpoints_of, rollout_socket
 from oatlite.workers.update import Layout, Updater
 
 log = logging.getLogger(__name__)
@@ -66,12 +70,29 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     )
     share = Share(rank=spec.index, count=ranks.count)
     gold = _gold(config)
-    journal = Journal(spec.run_dir, lifeline, _more_sinks(spec)) if spec.index == 0 else None
+    keeper = Keeper(
+        checkpoints_of(spec.run_dir),
+        keep_last=config.checkpoint.keep_last,
+        trainer=trainer,
+        policies=policies,
+        buffer=updater.buffer,
+        rank=spec.index,
+        about={"config": config.model_dump(mode="json"), "fingerprints": spec.fingerprints},
+    )
+    progress = Progress()
+    if spec.resume_from is not None:
+        lifeline.stage("starting", f"restoring {spec.resume_from.name}")
+        progress = keeper.restore(read(spec.resume_from))
+    journal = None
+    if spec.index == 0:
+        journal = Journal(spec.run_dir, lifeline, _more_sinks(spec), resumed_step=progress.step or None)
+    is_stop_asked = threading.Event()
+    signal.signal(STOP_SIGNAL, lambda *_: is_stop_asked.set())
     lifeline.stage("starting", "waiting for actors")
     pool.wait_until_ready()
-    pool.sync(0, policies.behaviour)
+    pool.sync(progress.policy_version, policies.behaviour)
     lifeline.stage("idle")
-    Learner(
+    is_complete = Learner(
         config=config,
         num_steps=spec.num_steps,
         experience=Experience(config, share, prompts, algorithm, pool, lifeline, gold),
@@ -83,14 +104,19 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
         journal=journal,
         shows=lifeline,
         measure=lambda: _measure(spec),
+        keeper=keeper,
+        progress=progress,
+        is_stop_asked=is_stop_asked.is_set,
     ).run()
     pool.stop()
-    with lifeline.doing("saving", "model"):
-        weights = policies.copy_to_host(dtype)
-        if journal is not None:
-            with complete_or_absent(spec.run_dir / "model") as folder:
-                save_policy(policy.model, weights, str(config.model.path), folder)
-            journal.close()
+    if is_complete:
+        with lifeline.doing("saving", "model"):
+            weights = policies.copy_to_host(dtype)
+            if journal is not None:
+                with complete_or_absent(spec.run_dir / "model") as folder:
+                    save_policy(policy.model, weights, str(config.model.path), folder)
+    if journal is not None:
+        journal.close()
     pool.close()
     trainer.close()
 

@@ -25,9 +25,15 @@ class PolicyWeights:
         self._names = list(names)
         self._dtype = dtype
         self._keeps_behaviour = keeps_behaviour
+        self._copy: dict[str, torch.Tensor] | None = None
         self.newest: ParameterSource = self._open_newest
         self.behaviour: ParameterSource = self._open_newest
         self.adopt()
+
+    @property
+    def lagging_behaviour(self) -> dict[str, torch.Tensor] | None:
+        """The copy of the behaviour's weights by name, where one is kept."""
+        return self._copy
 
     @contextmanager
     def _open_newest(self, names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
@@ -37,14 +43,18 @@ class PolicyWeights:
     def adopt(self) -> ParameterSource:
         """Make the newest weights the behaviour, and return it. All ranks together under ZeRO-3."""
         if self._keeps_behaviour:
-            copy = self.copy_to_host(self._dtype)
-
-            @contextmanager
-            def open_copy(names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
-                yield copy.__getitem__
-
-            self.behaviour = open_copy
+            self.adopt_copy(self.copy_to_host(self._dtype))
         return self.behaviour
+
+    def adopt_copy(self, copy: dict[str, torch.Tensor]) -> None:
+        """Make ``copy``, weights by name in CPU memory, the behaviour."""
+
+        @contextmanager
+        def open_copy(names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
+            yield copy.__getitem__
+
+        self._copy = copy
+        self.behaviour = open_copy
 
     def copy_to_host(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The newest weights by name, in CPU memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Literal
 
@@ -12,10 +13,13 @@ from oatlite.config.resolve import actors_of_rank
 from oatlite.config.schema import Config
 
 CONTROL_SOCKET = "control"
+STOP_SIGNAL = signal.SIGUSR2
+"""Asks a learner rank that is past its start to finish its step, save a checkpoint and end."""
 
 
 class WorkerSpec(BaseModel):
-    """``num_steps`` is what the preflight found; ``device`` is ``cpu`` or ``cuda``, of which the worker sees one."""
+    """``num_steps`` and ``fingerprints`` are what the preflight found; ``device`` is ``cpu`` or ``cuda``, of which the
+    worker sees one; ``resume_from`` is the folder of a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,6 +32,8 @@ class WorkerSpec(BaseModel):
     threads: int
     max_model_len: int
     num_steps: int
+    fingerprints: dict[str, str]
+    resume_from: Path | None = None
     config: Config
 
     @property
@@ -55,3 +61,8 @@ def role_name(kind: str, index: int) -> str:
 
 def rollout_socket(rank: int) -> str:
     return f"rollout-{rank}"
+
+
+def checkpoints_of(run_dir: Path) -> Path:
+    """Where the checkpoints of a run lie."""
+    return run_dir / "checkpoints"

@@ -97,14 +97,14 @@ class Updater:
         self._layout = layout
         self._pairs_per_step = learner.batch_size // int(config.placement.learners or 1)
         self._micro_batch_size = learner.micro_batch_size
-        self._buffer = PairBuffer(learner.buffer_size // config.rollout.prompts_per_step, learner.buffer_clear_every)
+        self.buffer = PairBuffer(learner.buffer_size // config.rollout.prompts_per_step, learner.buffer_clear_every)
 
     def learn(self, pairs: Sequence[TrainingPair], step: int) -> UpdateStats:
         """Take in this rank's ``pairs`` of ``step`` (from 1), and all gradient steps that are due on the buffer."""
         stats = UpdateStats()
-        self._buffer.add(pairs, step)
+        self.buffer.add(pairs, step)
         self._score_by_reference(stats)
-        entries = list(self._buffer)
+        entries = list(self.buffer)
         num_left = gradient_steps(self._config, step)
         per_pass = min(num_left, gradient_steps(self._config, step, passes=1))
         for number in range(self._config.learner.passes):
@@ -191,7 +191,7 @@ class Updater:
         if self._reference is None:
             return
         start = time.perf_counter()
-        new = [e for e in self._buffer if e.pair.is_trainable and e.reference_logprobs is None]
+        new = [e for e in self.buffer if e.pair.is_trainable and e.reference_logprobs is None]
         new.sort(key=lambda entry: entry.pair.tokens.num_tokens)
         for first in range(0, len(new), self._micro_batch_size):
             part = new[first : first + self._micro_batch_size]

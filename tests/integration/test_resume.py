@@ -1,0 +1,215 @@
+"""A run that was killed, or asked to stop, and is resumed equals one that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from runs import ENVIRONMENT, OATLITE, Inputs, Run, leftovers, read_lines, run_to_end, start, train
+from safetensors.torch import load_file
+
+COMMON = ("--max-prompts", "48", "--epochs", "2", "--save-every", "2", "--eval-every", "3")
+CASES = {
+    "one rank": ("--algo", "simpo"),
+    "two ranks, ZeRO 2, replay, a behaviour that lags": (
+        *("--algo", "dpo", "--actors", "2", "--learners", "2", "--sync-every", "3", "--micro-batch-size", "4"),
+        *("--set", "learner.buffer_size=32", "--set", "learner.passes=2"),
+    ),
+    "two ranks, ZeRO 3": (
+        *("--algo", "kto", "--actors", "2", "--learners", "2", "--set", "learner.zero_stage=3"),
+        *("--micro-batch-size", "4"),
+    ),
+}
+
+
+def wait_for_line(process: subprocess.Popen[str], words: str) -> str:
+    seen = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen += line
+        if words in line:
+            return seen
+    raise AssertionError(f"no {words!r} in:\n{seen}")
+
+
+def resume(run: Path, *more: str) -> Run:
+    return run_to_end([str(OATLITE), "resume", str(run), *more], run)
+
+
+def wait_until_gone(run: Path) -> None:
+    deadline = time.monotonic() + 30
+    while leftovers(run):
+        assert time.monotonic() < deadline, leftovers(run)
+        time.sleep(0.1)
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    first, second = Run(one, 0, ""), Run(other, 0, "")
+    assert first.metrics() == second.metrics()
+    assert read_lines(one / "samples.jsonl") == read_lines(other / "samples.jsonl")
+    evaluations = sorted(path.name for path in (one / "eval").iterdir())
+    assert evaluations == sorted(path.name for path in (other / "eval").iterdir())
+    for name in evaluations:
+        assert read_lines(one / "eval" / name) == read_lines(other / "eval" / name)
+    weights, others = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    assert weights.keys() == others.keys()
+    assert all((weights[name] == others[name]).all() for name in weights)
+
+
+@pytest.fixture(scope="module")
+def whole(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = train(llama, tmp_path_factory.mktemp("runs") / "whole", *CASES["one rank"], *COMMON)
+    assert run.exit_code == 0, run.output
+    return run.folder
+
+
+@pytest.fixture(scope="module")
+def killed(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one rank whose supervisor was killed in its fifth step, the last checkpoint being that of the fourth."""
+    run = tmp_path_factory.mktemp("runs") / "killed"
+    kill_in_step_5(run, llama, CASES["one rank"])
+    return run
+
+
+def kill_in_step_5(run: Path, inputs: Inputs, case: tuple[str, ...]) -> None:
+    process = start(inputs, run, *case, *COMMON)
+    try:
+        wait_for_line(process, "step 5/6")
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    wait_until_gone(run)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000004"]
+
+
+def copied(run: Path, to: Path) -> Path:
+    shutil.copytree(run, to)
+    return to
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Path, killed: Path, tmp_path: Path) -> None:
+    run = copied(killed, tmp_path / "run")
+    (run / "checkpoints" / ".writing-step-000006").mkdir()
+    done = resume(run)
+    assert done.exit_code == 0, done.output
+    assert ".writing-step-000006 was not complete" in done.output
+    assert "resuming after step 4" in done.output
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000006"]
+    assert_equal_runs(whole, run)
+    again = resume(run)
+    assert again.exit_code == 2
+    assert "is finished" in again.output
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "one rank"])
+def test_ranks_go_on_as_if_nothing_had_been(case: str, llama: Inputs, tmp_path: Path) -> None:
+    undisturbed = train(llama, tmp_path / "whole", *CASES[case], *COMMON)
+    assert undisturbed.exit_code == 0, undisturbed.output
+    kill_in_step_5(tmp_path / "killed", llama, CASES[case])
+    done = resume(tmp_path / "killed")
+    assert done.exit_code == 0, done.output
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_sigterm_finishes_the_step_and_saves_it(whole: Path, llama: Inputs, tmp_path: Path) -> None:
+    run = tmp_path / "terminated"
+    process = start(llama, run, *CASES["one rank"], *COMMON)
+    seen = wait_for_line(process, "step 1/6")
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, seen + rest
+    last = rest.strip().splitlines()[-1]
+    steps = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir()]
+    assert len(steps) == 1 and 1 <= steps[0] <= 3
+    assert "terminated, saved" in last and f"step {steps[0]}: oatlite resume" in last
+    assert leftovers(run) == []
+    done = resume(run)
+    assert done.exit_code == 0, done.output
+    assert_equal_runs(whole, run)
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (["placement.learners=2", "placement.actors=2"], ["placement.learners was 1 and is 2"]),
+        (["run.seed=7"], ["run.seed was 0 and is 7"]),
+        (["learner.lr=1e-5", "data.epochs=3"], ["learner.lr", "data.epochs was 2 and is 3"]),
+    ],
+)
+def test_another_run_is_refused_with_what_differs(
+    sets: list[str], words: list[str], killed: Path, tmp_path: Path
+) -> None:
+    run = copied(killed, tmp_path / "run")
+    done = resume(run, *(word for setting in sets for word in ("--set", setting)))
+    assert done.exit_code == 2
+    assert len(done.output.strip().splitlines()) == 1
+    assert all(word in done.output for word in words), done.output
+
+
+def test_another_model_or_tokenizer_is_refused(killed: Path, llama: Inputs, tmp_path: Path) -> None:
+    run = copied(killed, tmp_path / "run")
+    policy = Path(shutil.copytree(llama.policy, tmp_path / "policy"))
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace(str(llama.policy), str(policy)))
+    manifest = run / "checkpoints" / "step-000004" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(llama.policy), str(policy)))
+    tokenizer = json.loads((policy / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (policy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = resume(run)
+    assert done.exit_code == 2
+    assert "the tokenizer is another one" in done.output
+    assert "the model is another one" not in done.output
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_named_and_not_used(damage: str, killed: Path, tmp_path: Path) -> None:
+    run = copied(killed, tmp_path / "run")
+    shutil.copytree(run / "checkpoints" / "step-000004", run / "checkpoints" / "step-000002")
+    older = run / "checkpoints" / "step-000002" / "manifest.json"
+    older.write_text(older.read_text().replace('"step": 4', '"step": 2', 1))
+    file = run / "checkpoints" / "step-000004" / "optimizer" / "mp_rank_00_model_states.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    match damage:
+        case "flip":
+            file.write_bytes(data)
+        case "cut":
+            file.write_bytes(data[:-1])
+        case "remove":
+            file.unlink()
+    done = resume(run)
+    assert done.exit_code == 4
+    assert len(done.output.strip().splitlines()) == 1
+    assert str(file) in done.output and "--from-step 2" in done.output
+
+
+def test_a_run_that_is_still_going_on_is_left_alone(llama: Inputs, tmp_path: Path) -> None:
+    process = start(llama, tmp_path / "running", "--epochs", "50", "--save-every", "1")
+    try:
+        wait_for_line(process, "step 2/")
+        done = resume(tmp_path / "running")
+        assert done.exit_code == 2, done.output
+        assert "still going on" in done.output
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=30)
+    assert "oatlite resume" in rest.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("folder", ["nothing", "empty"])
+def test_what_is_no_run_is_one_line(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    command = [str(OATLITE), "resume", str(tmp_path / folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 2
+    assert done.stderr.startswith("oatlite: error: ") and done.stderr.count("\n") == 1
+    assert done.stdout == ""
