@@ -7,29 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .building import DATA, MODEL, TRAINING, Data, Epochs, Model, PromptKey, Rate, Seed, Split, VocabSize, command
+
 if TYPE_CHECKING:
     from oatlite.reward_modeling import Ranking
 
-MODEL, DATA, TRAINING = "Model", "Data", "Training"
-
 
 def reward_model(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="folder or hub id to start from; tiny-llama or tiny-neox: from scratch", rich_help_panel=MODEL
-        ),
-    ],
-    data: Annotated[
-        str,
-        typer.Option(help="hub id, saved dataset, or .jsonl .json .csv .parquet file", rich_help_panel=DATA),
-    ],
-    output: Annotated[Path, typer.Option(help="folder to make", rich_help_panel=MODEL)],
-    vocab_size: Annotated[
-        int, typer.Option(help="tokens of a tokenizer from scratch", min=258, rich_help_panel=MODEL)
-    ] = 4096,
-    split: Annotated[str, typer.Option(help="split of the data", rich_help_panel=DATA)] = "train",
-    prompt_key: Annotated[str, typer.Option(help="column of prompts", rich_help_panel=DATA)] = "prompt",
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option(help="folder to make", rich_help_panel=MODEL, show_default=False)],
+    vocab_size: VocabSize = 4096,
+    split: Split = "train",
+    prompt_key: PromptKey = "prompt",
     chosen_key: Annotated[
         str | None,
         typer.Option(help="column of better answers; default: chosen, if there is one", rich_help_panel=DATA),
@@ -45,16 +35,14 @@ def reward_model(
     max_tokens: Annotated[
         int, typer.Option(help="longer comparisons are left out, and counted", min=2, rich_help_panel=DATA)
     ] = 512,
-    epochs: Annotated[int, typer.Option(help="passes over the data", min=1, rich_help_panel=TRAINING)] = 1,
+    epochs: Epochs = 1,
     steps: Annotated[
-        int | None, typer.Option(help="stop after this many steps", min=1, rich_help_panel=TRAINING)
+        int | None,
+        typer.Option(help="stop after this many steps", min=1, rich_help_panel=TRAINING, show_default=False),
     ] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option(help="peak learning rate; default: 1e-3 from scratch, else 1e-5", rich_help_panel=TRAINING),
-    ] = None,
+    lr: Rate = None,
     batch_tokens: Annotated[int, typer.Option(help="tokens of one step", min=1, rich_help_panel=TRAINING)] = 4096,
-    seed: Annotated[int, typer.Option(help="seed of weights and order", min=0, rich_help_panel=TRAINING)] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Train a reward model on preferences (Bradley-Terry).
 
@@ -84,7 +72,16 @@ def reward_model(
         f"{output}: {result.num_parameters / 1e6:.1f}M parameters, {result.num_comparisons} comparisons{dropped}, "
         f"held-out accuracy {result.held_out_accuracy:.3f} on {result.num_held_out}, {result.seconds:.0f} s"
     )
-    print(f"next: oatlite train --model {model} --oracle {output} --prompts {data}")
+    flags: dict[str, str | Path] = {
+        "--model": "POLICY" if model in ("tiny-llama", "tiny-neox") else model,
+        "--oracle": output,
+        "--prompts": data,
+        "--split": split,
+        "--prompt-key": prompt_key,
+        "--reference-key": reference_key,
+    }
+    defaults = {"--split": "train", "--prompt-key": "prompt", "--reference-key": "reference"}
+    print(f"next: {command('train', flags, defaults)}")
 
 
 def _rankings(

@@ -7,47 +7,43 @@ from typing import Annotated
 
 import typer
 
-MODEL, DATA, TRAINING = "Model", "Data", "Training"
+from .building import DATA, MODEL, TRAINING, Data, Epochs, Model, PromptKey, Rate, Seed, Split, VocabSize, command
 
 
 def sft(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="folder or hub id to start from; tiny-llama or tiny-neox: from scratch", rich_help_panel=MODEL
-        ),
+    model: Model,
+    data: Data,
+    output: Annotated[
+        Path, typer.Option(help="folder to make, for transformers and vllm", rich_help_panel=MODEL, show_default=False)
     ],
-    data: Annotated[
-        str,
-        typer.Option(help="hub id, saved dataset, or .jsonl .json .csv .parquet file", rich_help_panel=DATA),
-    ],
-    output: Annotated[Path, typer.Option(help="folder to make, for transformers and vllm", rich_help_panel=MODEL)],
-    vocab_size: Annotated[
-        int, typer.Option(help="tokens of a tokenizer from scratch", min=258, rich_help_panel=MODEL)
-    ] = 4096,
-    split: Annotated[str, typer.Option(help="split of the data", rich_help_panel=DATA)] = "train",
-    prompt_key: Annotated[str, typer.Option(help="column of prompts", rich_help_panel=DATA)] = "prompt",
+    vocab_size: VocabSize = 4096,
+    split: Split = "train",
+    prompt_key: PromptKey = "prompt",
     reference_key: Annotated[str, typer.Option(help="column of answers", rich_help_panel=DATA)] = "reference",
     max_tokens: Annotated[
         int, typer.Option(help="longer rows are left out, and counted", min=2, rich_help_panel=DATA)
     ] = 512,
-    epochs: Annotated[int, typer.Option(help="passes over the data", min=1, rich_help_panel=TRAINING)] = 4,
-    lr: Annotated[
-        float | None,
-        typer.Option(help="peak learning rate; default: 1e-3 from scratch, else 1e-5", rich_help_panel=TRAINING),
-    ] = None,
+    epochs: Epochs = 3,
+    lr: Rate = None,
     batch_tokens: Annotated[
-        int, typer.Option(help="padded tokens of one step", min=1, rich_help_panel=TRAINING)
-    ] = 4096,
+        int | None,
+        typer.Option(
+            help="padded tokens of one step; default: 1024 from scratch, else 4096",
+            min=1,
+            rich_help_panel=TRAINING,
+            show_default=False,
+        ),
+    ] = None,
     prompt_weight: Annotated[
         float | None,
         typer.Option(
             help="weight of prompt tokens in the loss; default: 0.3 from scratch, else 0",
             min=0.0,
             rich_help_panel=TRAINING,
+            show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="seed of weights and order", min=0, rich_help_panel=TRAINING)] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Train a policy on prompts and reference answers."""
     from oatlite.output_folder import require_free
@@ -58,7 +54,8 @@ def sft(
     from oatlite.fitting import console_report
     from oatlite.supervised import SupervisedOptions, train_policy
 
-    rows = text_columns(load_rows(data, split), data, [prompt_key, reference_key])
+    table = load_rows(data, split)
+    rows = text_columns(table, data, [prompt_key, reference_key])
     options = SupervisedOptions(
         model=model,
         epochs=epochs,
@@ -71,9 +68,20 @@ def sft(
     )
     with console_report() as report:
         result = train_policy([(prompt, reference) for prompt, reference in rows], options, output, report)
+    num_empty = len(table) - len(rows)
+    empty = f", {num_empty} left out as empty" if num_empty else ""
     dropped = f", {result.num_dropped} left out as too long" if result.num_dropped else ""
     print(
-        f"{output}: {result.num_parameters / 1e6:.1f}M parameters, {result.num_rows} rows{dropped}, held-out loss "
-        f"{result.held_out_loss:.3f} nats per reference token, {result.seconds:.0f} s"
+        f"{output}: {result.num_parameters / 1e6:.1f}M parameters, {result.num_rows} rows{empty}{dropped}, "
+        f"held-out loss {result.held_out_loss:.3f} nats per reference token, {result.seconds:.0f} s"
     )
-    print(f"next: oatlite reward-model --model {output} --data {data} --output {output.with_name('reward-model')}")
+    flags: dict[str, str | Path] = {
+        "--model": output,
+        "--data": data,
+        "--output": output.with_name("reward-model"),
+        "--split": split,
+        "--prompt-key": prompt_key,
+        "--reference-key": reference_key,
+    }
+    defaults = {"--split": "train", "--prompt-key": "prompt", "--reference-key": "reference"}
+    print(f"next: {command('reward-model', flags, defaults)}")

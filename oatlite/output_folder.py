@@ -13,11 +13,15 @@ from oatlite.errors import ConfigError, StorageError
 
 
 def require_free(path: Path) -> None:
-    """Raise ConfigError unless ``path`` is absent or an empty folder."""
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists() or path.is_symlink():
+    """Raise ConfigError unless ``path`` is absent or an empty folder, and something can be written beside it."""
+    if (path.exists() or path.is_symlink()) and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"--output {path} exists and is not empty", "name another folder, or remove that one")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cannot write beside --output {path}: {error.strerror}", "name another folder") from None
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def train_reward_model(
     generator = torch.Generator().manual_seed(options.seed)
     sizes = [ranking.num_tokens(shared=shared) for ranking in training]
     batches = [b for _ in range(options.epochs) for b in token_batches(sizes, options.batch_tokens, generator)]
-    schedule = Schedule(lr=options.lr or (1e-3 if is_tiny(options.model) else 1e-5))
+    schedule = Schedule(lr=(1e-3 if is_tiny(options.model) else 1e-5) if options.lr is None else options.lr)
 
     def loss_of(batch: list[int]) -> torch.Tensor:
         return bradley_terry(model, [training[i] for i in batch], prefix_weight=weight, shared=shared)
@@ -132,6 +132,8 @@ def train_reward_model(
         num_dropped=len(rankings) - len(kept),
         seconds=time.monotonic() - started,
     )
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise ConfigError("the weights are not finite any more: nothing is saved", "lower --lr")
     with complete_or_absent(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -152,7 +154,11 @@ def _load(rankings: Sequence[Ranking], options: RewardOptions) -> tuple[PreTrain
         config.num_labels = 1
         model = new_tiny_model(AutoModelForSequenceClassification, config)
     else:
-        model, tokenizer = load_pretrained(AutoModelForSequenceClassification, options.model, num_labels=1)
+        model, tokenizer = load_pretrained(
+            AutoModelForSequenceClassification, options.model, new_heads=("score",), num_labels=1
+        )
+        if not hasattr(model, "score"):
+            raise ConfigError(f"--model {options.model} is no decoder", "name a decoder language model")
         _give_pad_token(model, tokenizer)
     tokenizer.padding_side = "right"
     return place(model, options.max_tokens), tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,21 +16,23 @@ from oatlite.continuations import drop_long, encode, hold_out, join, pad_right
 from oatlite.errors import ConfigError
 from oatlite.fitting import Report, Schedule, fit, token_batches
 from oatlite.output_folder import complete_or_absent
+from oatlite.sources import find_local, first_line
 from oatlite.tiny import DEFAULT_SHAPE, TINY_NAMES, TinyShape, is_tiny, new_tiny_model, tiny_config, train_bpe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisedOptions:
-    """``lr`` and ``prompt_weight`` default by ``model``: 1e-3 and 0.3 from scratch, 1e-5 and 0 otherwise.
+    """``lr``, ``batch_tokens`` and ``prompt_weight`` default by ``model``: 1e-3, 1024 and 0.3 from scratch, 1e-5, 4096
+    and 0 otherwise.
 
     ``prompt_weight`` is the weight of a prompt token's loss where a reference token has 1; ``shape`` and
     ``vocab_size`` belong to a network from scratch.
     """
 
     model: str
-    epochs: int = 4
+    epochs: int = 3
     lr: float | None = None
-    batch_tokens: int = 4096
+    batch_tokens: int | None = None
     max_tokens: int = 512
     prompt_weight: float | None = None
     vocab_size: int = 4096
@@ -69,37 +72,49 @@ def train_policy(
     kept = drop_long([len(row.tokens) for row in encoded], options.max_tokens)
     training, held_out = hold_out(len(kept), options.seed)
     examples = [encoded[kept[i]] for i in training]
-    weight = options.prompt_weight
-    weight = (0.3 if is_tiny(options.model) else 0.0) if weight is None else weight
+    by_model = (1e-3, 1024, 0.3) if is_tiny(options.model) else (1e-5, 4096, 0.0)
+    given = (options.lr, options.batch_tokens, options.prompt_weight)
+    lr, batch_tokens, weight = (d if g is None else g for g, d in zip(given, by_model, strict=True))
 
     generator = torch.Generator().manual_seed(options.seed)
     lengths = [len(row.tokens) for row in examples]
-    batches = [b for _ in range(options.epochs) for b in token_batches(lengths, options.batch_tokens, generator)]
-    schedule = Schedule(lr=options.lr or (1e-3 if is_tiny(options.model) else 1e-5))
+    batches = [b for _ in range(options.epochs) for b in token_batches(lengths, int(batch_tokens), generator)]
+    schedule = Schedule(lr=lr)
     fit(model, batches, lambda batch: _loss(model, [examples[i] for i in batch], weight), schedule, report, "policy")
     result = SupervisedResult(
-        held_out_loss=_held_out_loss(model, [encoded[kept[i]] for i in held_out], options.batch_tokens),
+        held_out_loss=_held_out_loss(model, [encoded[kept[i]] for i in held_out], int(batch_tokens)),
         num_parameters=model.num_parameters(),
         num_rows=len(examples),
         num_dropped=len(rows) - len(kept),
         seconds=time.monotonic() - started,
     )
+    if not math.isfinite(result.held_out_loss):
+        raise ConfigError(f"the held-out loss is {result.held_out_loss}: nothing is saved", "lower --lr")
     with complete_or_absent(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return result
 
 
-def load_pretrained(auto_class: Any, path: str, **kwargs: object) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a float32 model of ``auto_class`` and its tokenizer. Raises ConfigError for what is no model."""
+def load_pretrained(
+    auto_class: Any, path: str, *, new_heads: tuple[str, ...] = (), **kwargs: object
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a float32 model of ``auto_class`` and its tokenizer; only modules of ``new_heads`` may be without weights.
+
+    Raises ConfigError for what is no such model.
+    """
+    fix = f"name a model folder, a hub id or {' or '.join(TINY_NAMES)}"
+    folder = find_local(path, "the model")
+    if folder is not None and not (folder / "config.json").is_file():
+        raise ConfigError(f"--model {path} has no config.json", fix)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = auto_class.from_pretrained(path, dtype=torch.float32, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"--model {path}: {reason}", f"name a model folder, a hub id or {' or '.join(TINY_NAMES)}"
-        ) from error
+        model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **kwargs)
+    except Exception as error:  # whatever a file of somebody else's raises
+        raise ConfigError(f"--model {path} cannot be loaded: {first_line(error)}", fix) from error
+    missing = sorted(name for name in info["missing_keys"] if name.partition(".")[0] not in new_heads)
+    if missing:
+        raise ConfigError(f"--model {path} has no weights for {', '.join(missing[:3])}", "is it another kind of model?")
     return model, tokenizer
 
 

@@ -84,8 +84,6 @@ def _filled(config: Config, num_gpus: int) -> dict[str, Any]:
     default(model, "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
     default(values["oracle"], "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
     default(values["sync"], "transport", "cuda_ipc" if on_gpu else "shm", unset="auto")
-    if data["max_prompts"] is not None:
-        default(data, "max_queries", data["max_prompts"] * data["epochs"])
     default(learner, "batch_size", values["rollout"]["prompts_per_step"])
     default(learner, "buffer_size", values["rollout"]["prompts_per_step"])
     default(learner, "zero_stage", 2 if placement["learners"] > 1 else 0)

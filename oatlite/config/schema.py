@@ -45,7 +45,7 @@ class DataConfig(Section):
     max_prompts: PositiveInt | None = Field(None, description="prompts per epoch; default: all")
     epochs: PositiveInt = Field(1, description="passes over the prompts")
     max_queries: PositiveInt | None = Field(
-        None, description="stop after so many oracle queries; default: max_prompts times epochs"
+        None, description="stop after so many oracle queries; default: one for each prompt of each epoch"
     )
 
 

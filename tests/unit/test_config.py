@@ -263,7 +263,6 @@ def test_the_number_of_steps() -> None:
     assert num_steps(resolved()) == 24
     assert num_steps(resolved(flags={"data.epochs": 2})) == 48
     assert num_steps(resolved(flags={"data.epochs": 2, "data.max_queries": 1000})) == 16
-    assert resolved(flags={"data.epochs": 2}).data.max_queries == 2 * 1536
     assert num_steps(resolved(flags={"model.path": "m", "data.prompts": "p", "oracle.path": "o"})) is None
 
 
