@@ -19,8 +19,10 @@ from oatlite.workers.spec import WorkerSpec, rollout_socket
 
 
 @contextmanager
-def one_actor(policy: Path, reward_model: Path, layout: Layout, vocab_size: int, logs: Path) -> Iterator[ActorPool]:
-    """An actor in float32 on CPU with an engine for 64 tokens, ready to be synced; its log is ``logs/actor.log``."""
+def one_actor(
+    policy: Path, reward_model: Path, layout: Layout, vocab_size: int, logs: Path, *, max_model_len: int = 64
+) -> Iterator[ActorPool]:
+    """An actor in float32 on CPU, ready to be synced; its log is ``logs/actor.log``."""
     paths = {
         "model": {"path": str(policy), "dtype": "float32"},
         "oracle": {"path": str(reward_model), "dtype": "float32"},
@@ -34,8 +36,9 @@ def one_actor(policy: Path, reward_model: Path, layout: Layout, vocab_size: int,
             private_dir=launcher.private_dir,
             device="cpu",
             threads=len(os.sched_getaffinity(0)),
-            max_model_len=64,
+            max_model_len=max_model_len,
             num_steps=1,
+            fingerprints={},
             config=Config.model_validate(paths),
         )
         buffer = create_buffer("shm", layout.buffer_bytes, launcher.run_id, torch.device("cpu"))

@@ -25,7 +25,10 @@ def resume(
         ),
     ] = None,
 ) -> None:
-    """Go on with a stopped run from its last checkpoint, to the same end as if it had never stopped."""
+    """Go on with a stopped run from its last checkpoint.
+
+    It comes to the same end as if it had never stopped.
+    """
     from oatlite.resuming import resume as go_on
 
     raise typer.Exit(go_on(run, from_step=from_step, sets=sets or (), num_gpus=len(gpu_names())))

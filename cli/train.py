@@ -31,7 +31,7 @@ def train(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="settings to start from; default: tldr with a GPU, else demo",
+            help="settings to start from; default: demo",
             rich_help_panel=RUN,
             metavar="|".join(preset_names()),
         ),
@@ -79,7 +79,7 @@ def train(
 ) -> None:
     """Align a policy online: sample, compare, learn, sync.
 
-    Without any flag it runs the preset that fits this machine. Flags win over --config, which wins over --preset.
+    Without any flag it runs the demo. Flags win over --config, which wins over --preset.
     """
     available = gpu_names()
     given = load_config(

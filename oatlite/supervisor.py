@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from typing import Any
 
 from oatlite.checkpoint import Checkpoint, unfinished
 from oatlite.config.dump import dump_toml
-from oatlite.config.placement import Place, places
+from oatlite.config.placement import Place, places, starts_after
 from oatlite.config.resolve import DEFAULT_NAME
 from oatlite.config.schema import Config
 from oatlite.errors import (
@@ -36,7 +37,7 @@ from oatlite.launcher import LocalLauncher, Worker
 from oatlite.messages import Failure, Message, Record, Stage
 from oatlite.metrics.console import Console, open_console
 from oatlite.preflight import Plan, check
-from oatlite.resuming import how_to_go_on, require_same_run
+from oatlite.resuming import how_to_go_on, require_same_run, shortest_path
 from oatlite.transport import Hub, address
 from oatlite.workers.spec import CONTROL_SOCKET, STOP_SIGNAL, WorkerSpec
 
@@ -44,6 +45,7 @@ POLL_S = 0.2
 MAX_ACTOR_RESTARTS = 3
 STACK_DUMP_S = 2.0
 ACTOR_EXIT_S = 30.0
+OFFLINE_SYNC_EVERY = 100_000
 SEGMENT_PREFIX = "oatlite-"
 
 
@@ -104,7 +106,7 @@ def train(config: Config, checkpoint: Checkpoint | None = None) -> int:
         except OatliteError as error:
             error.fix = "; ".join(part for part in (error.fix, how_to_go_on(run_dir)) if part)
             raise
-        console.close(_summary(plan, run_dir, time.monotonic() - started))
+        console.close(_summary(config, plan, run_dir, time.monotonic() - started))
     return 0
 
 
@@ -162,7 +164,8 @@ def _note_dropped(console: Console, plan: Plan) -> None:
         console.note(f"{plan.num_dropped} prompts were empty or too long and are left out")
 
 
-def _summary(plan: Plan, run_dir: Path, seconds: float) -> dict[str, Any]:
+def _summary(config: Config, plan: Plan, run_dir: Path, seconds: float) -> dict[str, Any]:
+    config_file = shlex.quote(shortest_path(run_dir / "config.toml"))
     return {
         "kind": "summary",
         "steps": plan.total_steps,
@@ -170,6 +173,10 @@ def _summary(plan: Plan, run_dir: Path, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "run_dir": str(run_dir),
         "model": str(run_dir / "model"),
+        "next": [
+            f"oatlite train --config {config_file} --seed {config.run.seed + 1}",
+            f"oatlite train --config {config_file} --sync-every {OFFLINE_SYNC_EVERY}   (the offline baseline)",
+        ],
     }
 
 
@@ -200,10 +207,9 @@ class Supervisor:
         """Until all learners are done. Raises the OatliteError that ended the run."""
         with _collected_signals(self._signals):
             try:
-                for place in places(self._config, usable_cores()):
-                    self._check_signals()
-                    self._spawn(place)
-                while not self._are_done():
+                waiting = places(self._config, usable_cores())
+                while waiting or not self._are_done():
+                    waiting = self._spawn_what_can_start(waiting)
                     self._watch()
                 if self._stop_by is not None and not (self._run_dir / "model").exists():
                     raise Interrupted(EXIT_TERMINATED, "terminated, saved")
@@ -212,6 +218,18 @@ class Supervisor:
                 raise
             finally:
                 self._hub.close()
+
+    def _spawn_what_can_start(self, waiting: list[Place]) -> list[Place]:
+        """Spawn the places whose turn it is; returns the others."""
+        ready = {role.place.name for role in self._roles.values() if role.was_ready}
+        left = []
+        for place in waiting:
+            self._check_signals()
+            if {other.name for other in starts_after(place, places(self._config, usable_cores()))} <= ready:
+                self._spawn(place)
+            else:
+                left.append(place)
+        return left
 
     def _spawn(self, place: Place) -> None:
         spec = WorkerSpec(
@@ -369,6 +387,7 @@ def _environment(place: Place, private_dir: Path) -> dict[str, str]:
     environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     # Threads that spin while they wait take the cores from the process whose turn it is, and from other people.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order in which GPUs are counted here
     environment["CUDA_VISIBLE_DEVICES"] = "" if place.gpu is None else _visible_gpu(place.gpu)
     environment["PYTHONUNBUFFERED"] = "1"
     return environment

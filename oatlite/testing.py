@@ -175,14 +175,18 @@ class InMemoryTrainer:
 
 @dataclass(slots=True)
 class InMemoryJournal:
-    """Keeps records, pairs and evaluations as lists."""
+    """Keeps records, pairs, evaluations and notes as lists."""
 
     records: list[Record] = field(default_factory=list)
     pairs: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def record(self, kind: Kind, *, perf: dict[str, Any], **metrics: Any) -> None:
         self.records.append(make_record(kind, perf=perf, **metrics))
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         self.pairs.extend(rows)

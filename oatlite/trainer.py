@@ -265,5 +265,7 @@ def _deepspeed_config(options: OptimizerOptions, ranks: Ranks) -> dict[str, Any]
         "bf16": {"enabled": options.dtype == "bfloat16"},
         "fp16": {"enabled": options.dtype == "float16"},
         "zero_optimization": {"stage": options.zero_stage},
+        # A sum over many micro-batches in bfloat16 would lose the late ones.
+        "data_types": {"grad_accum_dtype": "fp32" if options.zero_stage else None},
         "steps_per_print": 10**9,
     }

@@ -56,6 +56,17 @@ def places(config: Config, cores: Sequence[int]) -> list[Place]:
     return learner_places + actor_places
 
 
+def starts_after(place: Place, all_places: Sequence[Place]) -> list[Place]:
+    """The processes that must be ready before ``place`` starts: a learner waits for the actors on its GPU.
+
+    An actor takes its part of the GPU by what it finds free before and after; a learner that takes memory meanwhile
+    would be counted in.
+    """
+    if place.role == "actor" or place.gpu is None:
+        return []
+    return [other for other in all_places if other.role == "actor" and other.gpu == place.gpu]
+
+
 def _share(cores: Sequence[int], index: int, num_shares: int) -> tuple[int, ...]:
     """The ``index``-th of ``num_shares`` even parts; with fewer cores than parts, one core each, in turn."""
     if num_shares >= len(cores):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oatlite.config.flags import to_type
+from oatlite.config.placement import places
 from oatlite.config.schema import Config
 from oatlite.errors import ConfigError
 from oatlite.hardware import existing_ancestor
@@ -30,6 +31,7 @@ def resolve(config: Config, num_gpus: int, *, is_resumed: bool = False) -> Confi
     _check_gpus(config, num_gpus)
     resolved = Config.model_validate(_filled(config, num_gpus))
     _check_ranks(resolved)
+    resolved = _with_transport(resolved)
     _check_batches(resolved, batch_size_is_default=config.learner.batch_size is None)
     _check_paths(resolved)
     if not is_resumed:
@@ -83,14 +85,29 @@ def _filled(config: Config, num_gpus: int) -> dict[str, Any]:
     default(model, "reference", model["path"])
     default(model, "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
     default(values["oracle"], "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
-    default(values["sync"], "transport", "cuda_ipc" if on_gpu else "shm", unset="auto")
     default(learner, "batch_size", values["rollout"]["prompts_per_step"])
     default(learner, "buffer_size", values["rollout"]["prompts_per_step"])
-    default(learner, "zero_stage", 2 if placement["learners"] > 1 else 0)
+    # In bfloat16, ZeRO keeps the weights and the sum over micro-batches in float32; without it they lose small steps.
+    default(learner, "zero_stage", 2 if placement["learners"] > 1 or model["dtype"] == "bfloat16" else 0)
     if data["prompts"] == DEMO:
         default(values["eval"], "gold_score", DEMO_GOLD_SCORE)
     default(run, "name", _new_name(config))
     return values
+
+
+def _with_transport(config: Config) -> Config:
+    """CUDA IPC where every actor shares its learner's GPU; each process sees its own GPU alone."""
+    asked = config.sync.transport
+    all_places = places(config, cores=(0,))
+    gpu_of_rank = {place.index: place.gpu for place in all_places if place.role == "learner"}
+    is_shared = all(place.gpu is not None and place.gpu == gpu_of_rank[place.serves] for place in all_places)
+    if asked == "cuda_ipc" and not is_shared:
+        raise ConfigError(
+            "sync.transport = cuda_ipc reaches actors on their learner's GPU, and here they have GPUs of their own",
+            f"type {to_type('sync.transport', 'shm')}",
+        )
+    transport = ("cuda_ipc" if is_shared else "shm") if asked == "auto" else asked
+    return config.model_copy(update={"sync": config.sync.model_copy(update={"transport": transport})})
 
 
 def _new_name(config: Config) -> str:

@@ -79,8 +79,10 @@ class LearnerConfig(Section):
     adam_betas: tuple[Probability, Probability] = (0.9, 0.95)
     adam_eps: PositiveFloat = 1e-8
     max_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")
-    zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="default: 2 with several ranks, else 0")
-    gradient_checkpointing: bool = False
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(
+        None, description="default: 2 with several ranks or in bfloat16, else 0"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
     log_kl: bool = Field(False, description="keep a reference model for the KL metric when the loss needs none")
 
 

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from oatlite.engine import Engine, EngineOptions
+from oatlite.engine import WARM_UP_TOKENS, Engine, EngineOptions
 from oatlite.errors import WorkerDied
 from oatlite.messages import (
     BucketLoaded,
@@ -46,7 +46,8 @@ def run_actor(spec: WorkerSpec, lifeline: Lifeline) -> None:
     with engine.hugging_face_models():
         oracle = build_oracle(spec.config.oracle, device=spec.device)
     lifeline.stage("starting", "warm-up")
-    log.info("warmed up in %.1f s", engine.warm_up(np.arange(1, 17, dtype=np.int32)))
+    longest = max(1, min(16, spec.max_model_len - WARM_UP_TOKENS))
+    log.info("warmed up in %.1f s", engine.warm_up(np.arange(1, 1 + longest, dtype=np.int32)))
     rank = spec.learner_of(spec.index)
     spoke = Spoke(address(spec.private_dir, rollout_socket(rank)), spec.role, spec.run_id)
     try:

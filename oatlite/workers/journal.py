@@ -37,6 +37,11 @@ class Journal:
             sink.write(record)
         self._lifeline.record(kind, record)
 
+    def note(self, line: str) -> None:
+        """Something that a person should read once."""
+        log.warning(line)
+        self._lifeline.record("note", {"text": line})
+
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Each row is a pair: step, prompt, chosen, rejected, win_probability and what else is known of it."""
         for row in rows:

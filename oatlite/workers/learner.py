@@ -115,6 +115,11 @@ class Learner:
         if self._journal is None:
             return
         self._journal.samples(rows)
+        if pairs and not trained:
+            self._journal.note(
+                f"step {step} trains on nothing: each of its {pairs} pairs is tied, of two equal texts, or too long "
+                "for the oracle"
+            )
         perf = clock.laps | {
             "generate_s": rollouts.generate_s,
             "score_s": rollouts.score_s,

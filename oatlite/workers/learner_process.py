@@ -13,13 +13,13 @@ import torch
 
 from oatlite.algorithms import build_algorithm
 from oatlite.algorithms.base import Algorithm
-from oatlite.checkpoint import read
+from oatlite.checkpoint import checkpoints_of, read
 from oatlite.config.resolve import gradient_steps
 from oatlite.config.schema import Config
 from oatlite.data import load_prompts, load_tokenizer
 from oatlite.loading import load_callable
 from oatlite.metrics.sinks import Sink, WandbSink
-from oatlite.models import PairModel, choose_layout, load_policy, save_policy
+from oatlite.models import PairModel, checkpoint_gradients, choose_layout, load_policy, save_policy
 from oatlite.output_folder import complete_or_absent
 from oatlite.trainer import OptimizerOptions, Ranks, Trainer, join_ranks
 from oatlite.transport import Hub, address
@@ -34,7 +34,7 @@ from oatlite.workers.lifeline import Lifeline
 from oatlite.workers.policies import PolicyWeights
 from oatlite.workers.rollout import ActorPool, Deadlines
 from oatlite.workers.saving import Keeper, Progress
-from oatlite.workers.spec import STOP_SIGNAL, WorkerSpec, checkpoints_of, rollout_socket
+from oatlite.workers.spec import STOP_SIGNAL, WorkerSpec, rollout_socket
 from oatlite.workers.update import Layout, Updater
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,10 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     algorithm = build_algorithm(config.algorithm)
     policy = PairModel(_load(config, config.model.path))
     tokenizer = load_tokenizer(str(config.model.path), config.model.trust_remote_code)
-    layout = choose_layout(policy.to(device), len(tokenizer), int(tokenizer.pad_token_id), device)
+    longest = (spec.max_model_len - config.sampling.max_new_tokens, config.sampling.max_new_tokens)
+    layout = choose_layout(policy.to(device), len(tokenizer), int(tokenizer.pad_token_id), device, longest=longest)
+    if config.learner.gradient_checkpointing:
+        checkpoint_gradients(policy.model)
     shapes = [(name, tuple(parameter.shape)) for name, parameter in policy.model.named_parameters()]
     dtype = DTYPES[config.model.dtype]
     lifeline.stage("starting", "ranks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from oatlite.errors import OatliteError
+from oatlite.errors import DeadlineExceeded, OatliteError
 from oatlite.messages import Failure, Message, Record, Stage
 from oatlite.transport import Spoke, address
 from oatlite.workers.spec import CONTROL_SOCKET, WorkerSpec
@@ -39,7 +40,9 @@ class Lifeline:
                 message = self._beat()
             if message is None:
                 break
-            spoke.send(message)
+            # A supervisor that is stopped takes nothing for a while; it must find this worker alive when it goes on.
+            with contextlib.suppress(DeadlineExceeded):
+                spoke.send(message)
         spoke.close(flush_s=5.0)
 
     def _beat(self) -> Stage:

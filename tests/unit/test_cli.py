@@ -162,6 +162,7 @@ def test_every_flag_reaches_its_option(trained: list[Any]) -> None:
         "sampling.temperature": 0.2, "rollout.prompts_per_step": 80, "learner.batch_size": 40,
         "learner.micro_batch_size": 4, "oracle.path": "o", "placement.gpus": 0, "placement.actors": 2,
         "placement.learners": 2, "eval.every": 3, "eval.prompts": 11,
+            "checkpoint.save_every": 7, "checkpoint.keep_last": 3,
     }  # fmt: skip
     assert set(values) == set(FLAGS), "a new flag needs a value here"
     typed = [word for key, value in values.items() for word in to_type(key, value).split()]

@@ -50,13 +50,24 @@ def test_every_shipped_preset_loads() -> None:
     assert num_steps(resolved(2, preset="tldr")) == 50000 // 128
 
 
-def test_the_preset_depends_on_the_gpus_when_no_task_is_given() -> None:
-    assert resolved(0).model.path == "demo"
-    assert resolved(4).model.path == "trl-lib/pythia-1b-deduped-tldr-sft"
-    assert resolved(4).placement.gpus == 2
-    assert resolved(1).placement.gpus == 1
-    assert resolved(4, flags={"placement.gpus": 0}).model.path == "demo"
+def test_the_demo_runs_when_no_task_is_given_and_fits_on_one_gpu() -> None:
+    assert resolved(0).model.path == resolved(4).model.path == "demo"
+    assert resolved(0).placement.gpus == 0
+    assert resolved(4).placement.gpus == resolved(1).placement.gpus == 1
+    assert resolved(4, flags={"placement.gpus": 0}).placement.gpus == 0
     assert resolved(4, flags={"placement.gpus": 4}).placement.gpus == 4
+
+
+def test_weights_go_by_cuda_ipc_where_every_actor_is_on_its_learners_gpu() -> None:
+    def transport(num_gpus: int, **placement: int) -> str:
+        flags = {f"placement.{key}": value for key, value in placement.items()}
+        return resolved(num_gpus, preset="demo", flags=flags | {"learner.micro_batch_size": 4}).sync.transport
+
+    assert transport(0) == "shm"
+    assert transport(1) == transport(2) == "cuda_ipc"
+    assert transport(2, actors=1, learners=1) == transport(2, actors=2, learners=1) == "shm"
+    split = {"placement.actors": 1, "placement.learners": 1, "sync.transport": "cuda_ipc"}
+    assert "GPUs of their own" in refused(2, preset="demo", flags=split)
 
 
 def test_a_task_of_ones_own_takes_no_preset() -> None:

@@ -23,6 +23,7 @@ MAY_LOAD: dict[str, frozenset[str]] = {
     # By the longest prefix that fits: the heavy packages that importing a module may bring in.
     "oatlite": frozenset(),
     "oatlite.algorithms": TORCH,
+    "oatlite.checkpoint": frozenset(),
     "oatlite.config": frozenset(),
     "oatlite.continuations": HUGGING_FACE,
     "oatlite.data": frozenset({"datasets"}),
@@ -42,6 +43,7 @@ MAY_LOAD: dict[str, frozenset[str]] = {
     "oatlite.output_folder": frozenset(),
     "oatlite.preflight": frozenset(),
     "oatlite.reaper": frozenset(),
+    "oatlite.resuming": frozenset(),
     "oatlite.reward_loss": HUGGING_FACE,
     "oatlite.reward_modeling": HUGGING_FACE,
     "oatlite.sources": frozenset(),

@@ -154,6 +154,7 @@ def test_a_step_without_a_usable_verdict_trains_on_nothing() -> None:
     for record in run.journal.of("step"):
         assert (record["trained_pairs"], record["unusable_pairs"]) == (0, 32)
         assert "loss" not in record
+    assert [note.partition(":")[0] for note in run.journal.notes] == [f"step {n} trains on nothing" for n in (1, 2, 3)]
 
 
 class HalfBlind(PreferenceOracle):

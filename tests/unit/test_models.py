@@ -8,11 +8,19 @@ import pytest
 import torch
 from small_folders import VOCAB_SIZE, byte_tokenizer, config_of, save_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, PhiConfig, Qwen2Config
 
 from oatlite import models
 from oatlite.errors import ConfigError
-from oatlite.models import PairModel, TokenPair, choose_layout, lay_out, load_policy, save_policy
+from oatlite.models import (
+    PairModel,
+    TokenPair,
+    checkpoint_gradients,
+    choose_layout,
+    lay_out,
+    load_policy,
+    save_policy,
+)
 
 CPU = torch.device("cpu")
 PAD = 2
@@ -200,8 +208,8 @@ class FakeHead(nn.Linear):
         return self.change(super().forward(hidden))
 
 
-def layout_of(model, dtype=torch.float32):
-    return choose_layout(PairModel(model.to(dtype)), VOCAB_SIZE, PAD, CPU)
+def layout_of(model, dtype=torch.float32, longest=(40, 20)):
+    return choose_layout(PairModel(model.to(dtype)), VOCAB_SIZE, PAD, CPU, longest=longest)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -220,6 +228,51 @@ def test_a_model_that_ignores_the_mask_does_not_share_and_the_log_says_so(family
     assert layout_of(model) == "plain"
     (record,) = caplog.records
     assert "log-probabilities differ by" in record.message and type(model).__name__ in record.message
+
+
+SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 256,
+    "pad_token_id": PAD,
+}
+
+
+def windowed_model(family):
+    torch.manual_seed(0)
+    if family == "mistral":
+        return AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=32))
+    kinds = ["sliding_attention", "full_attention"]
+    return AutoModelForCausalLM.from_config(
+        Qwen2Config(**SMALL, sliding_window=32, use_sliding_window=True, layer_types=kinds)
+    )
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_with_a_window_shares_as_long_as_rows_fit_into_it(family, dtype, caplog):
+    model = windowed_model(family)
+    assert layout_of(model, dtype, longest=(20, 5)) == "shared"
+    assert layout_of(model, dtype, longest=(60, 20)) == "plain"
+    assert "log-probabilities differ by" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointed_gradients_are_the_same_and_every_layer_runs_twice(family):
+    model, pairs = language_model(family), random_pairs(RAGGED)
+    batch = lay_out(pairs, "shared", PAD, CPU)
+    expected = logprobs_and_gradients(model, PairModel(model)(batch))
+    calls = []
+    first_mlp = model.base_model.layers[0].mlp
+    first_mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    checkpoint_gradients(model)
+    assert_close(logprobs_and_gradients(model, PairModel(model)(batch)), expected, 1e-6)
+    assert len(calls) == 2
 
 
 def test_a_model_that_refuses_the_mask_does_not_share_and_the_log_says_why(caplog):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from small_folders import VOCAB_SIZE, byte_tokenizer, save_model
@@ -116,16 +117,18 @@ def test_prompt_and_response_must_fit_in_the_positions(options, tmp_path):
     fits = changed(options, sampling={"max_new_tokens": 128 - longest})
     assert check(fits).longest_prompt == longest
     too_long = changed(options, sampling={"max_new_tokens": 128 - longest + 1})
-    refused(too_long, "128 positions", f"data.max_prompt_tokens to {longest - 1} or less")
-    refused(changed(options, sampling={"max_new_tokens": 128}), "sampling.max_new_tokens below 128")
-    refused(changed(options, data={"max_prompt_tokens": 100}, sampling={"max_new_tokens": 40}), "tokens to 88 or less")
+    refused(too_long, "128 positions", f"--max-prompt-tokens {longest - 1}", f"--max-new-tokens {128 - longest}")
     short = save_model(tmp_path / "short", max_position_embeddings=30)
-    refused(changed(options, model={"reference": short}), "30 positions", "to 10 or less")
+    refused(changed(options, model={"reference": short}), "30 positions", "--max-prompt-tokens 10")
 
 
 def test_a_step_needs_its_prompts(options):
     assert check(changed(options, rollout={"prompts_per_step": 40})).total_steps == 3
-    refused(changed(options, rollout={"prompts_per_step": 41}), "40 prompts to train on, 10 being held out", "to 40 or")
+    refused(
+        changed(options, rollout={"prompts_per_step": 41}),
+        "40 prompts to train on, 10 being held out",
+        "--prompts-per-step 40",
+    )
 
 
 def test_the_oracle_must_be_a_reward_model(options, folders):
@@ -174,3 +177,17 @@ def test_a_callable_that_cannot_be_loaded_is_one_line(tmp_path, monkeypatch, nam
         load_callable(name)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_are_looked_at_before_anything_starts(options, tmp_path):
+    reward = save_model(tmp_path / "reward", reward=True)
+    (Path(reward) / "model.safetensors").unlink()
+    refused(changed(options, oracle={"path": reward}), "the reward model", "has no weights")
+    policy = save_model(tmp_path / "torn")
+    file = Path(policy) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    refused(changed(options, model={"path": policy, "reference": policy}), "no complete safetensors file")
+
+
+def test_an_oracle_that_no_response_fits_into_is_refused(options):
+    refused(changed(options, oracle={"max_tokens": 4}), "the oracle takes 4 tokens", "oracle.max_tokens=1024")
