@@ -110,14 +110,16 @@ class Updater:
         for number in range(self._config.learner.passes):
             order = np.random.default_rng([self._config.run.seed, ORDER_DRAWS, step, number]).permutation(len(entries))
             count = min(per_pass, num_left)
-            self._pass([entries[i] for i in order], count, step, stats)
+            self._pass(entries, order.tolist(), count, step, stats)
             num_left -= count
         stats.mismatch_max = self._trainer.maximum(stats.mismatch_max)
         return stats
 
-    def _pass(self, entries: list[Entry], count: int, step: int, stats: UpdateStats) -> None:
+    def _pass(self, entries: list[Entry], order: list[int], count: int, step: int, stats: UpdateStats) -> None:
         size = self._pairs_per_step
-        parts = [[e for e in entries[i * size : (i + 1) * size] if e.pair.is_trainable] for i in range(count)]
+        # Which pairs meet in a gradient step is drawn; among themselves they stand as they came.
+        parts = [[entries[i] for i in sorted(order[n * size : (n + 1) * size])] for n in range(count)]
+        parts = [[entry for entry in part if entry.pair.is_trainable] for part in parts]
         totals = self._trainer.add_up([float(len(part)) for part in parts])
         for part, total in zip(parts, totals, strict=True):
             if total:
