@@ -58,13 +58,14 @@ class LocalLauncher:
         base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
         self.run_id = secrets.token_hex(6)
         self.private_dir = Path(tempfile.mkdtemp(prefix="oatlite-", dir=base))
-        self._leftovers = [str(self.private_dir), f"{segment_prefix}{self.run_id}-"]
+        self._leftovers = (str(self.private_dir), f"{segment_prefix}{self.run_id}-")
         self._reaper = subprocess.Popen(
             [sys.executable, "-I", "-S", reaper.__file__, *self._leftovers],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
         self._workers: list[Worker] = []
+        self._started: list[int] = []
 
     def __enter__(self) -> LocalLauncher:
         return self
@@ -75,7 +76,7 @@ class LocalLauncher:
         with contextlib.suppress(BrokenPipeError):
             self._reaper.stdin.close()
         if self._reaper.wait(REAPER_S) != 0:  # it was killed itself
-            reaper.remove_leftovers(*self._leftovers)
+            reaper.remove_leftovers(*self._leftovers, self._started)
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Worker:
         """Start ``command`` with output to the end of ``log``; the reaper knows of it from its first moment."""
@@ -90,6 +91,7 @@ class LocalLauncher:
             )
         worker = Worker(process, log)
         self._workers.append(worker)
+        self._started.append(worker.pid)
         self._tell_reaper("+", worker)
         return worker
 

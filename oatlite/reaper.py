@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterable
 
 SWEEP_S = 5.0
 
@@ -21,19 +22,24 @@ def main(private_dir: str, segment_prefix: str) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     groups: set[int] = set()
+    started: set[int] = set()
     for line in sys.stdin:
         group = int(line[1:])
         if line[0] == "+":
             groups.add(group)
+            started.add(group)
         else:
             groups.discard(group)
     _kill(groups)
-    remove_leftovers(private_dir, segment_prefix)
+    remove_leftovers(private_dir, segment_prefix, started)
 
 
-def remove_leftovers(private_dir: str, segment_prefix: str) -> None:
+def remove_leftovers(private_dir: str, segment_prefix: str, started: Iterable[int]) -> None:
+    """``started`` are the process numbers of the run: torch names its shared memory after the process, and a process
+    that ends without its destructors leaves it."""
+    prefixes = (segment_prefix, *(f"torch_{number}_" for number in started))
     for entry in os.listdir("/dev/shm"):
-        if entry.startswith(segment_prefix):
+        if entry.startswith(prefixes):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join("/dev/shm", entry))
     shutil.rmtree(private_dir, ignore_errors=True)

@@ -199,12 +199,17 @@ class Trainer:
         dist.all_gather(parts, padded)
         return [part[: int(s)].numpy().tobytes() for part, s in zip(parts, sizes, strict=True)]
 
+    @property
+    def gathers_weights(self) -> bool:
+        """Whether whole parameters are put together from all ranks, which then must ask for them together."""
+        return self._options.zero_stage == 3
+
     @contextlib.contextmanager
     def whole_parameters(self, names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
         """Give out full parameters by name; under ZeRO-3 these are gathered on entry and released on exit."""
         parameters = dict(self._engine.module.named_parameters())
         chosen = {name: parameters[name] for name in names}
-        if self._options.zero_stage == 3:
+        if self.gathers_weights:
             with self._deepspeed.zero.GatheredParameters(list(chosen.values())):
                 yield lambda name: chosen[name].data
         else:

@@ -46,9 +46,10 @@ class Ranks(Protocol):
 class Policies(Protocol):
     """``newest``: the learner's weights. ``behaviour``: those that the actors sample with between two syncs."""
 
-    newest: ParameterSource
-    behaviour: ParameterSource
-
+    @property
+    def newest(self) -> ParameterSource: ...
+    @property
+    def behaviour(self) -> ParameterSource: ...
     def adopt(self) -> ParameterSource:
         """Make the newest weights the behaviour, and return it."""
         ...

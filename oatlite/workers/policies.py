@@ -26,9 +26,14 @@ class PolicyWeights:
         self._dtype = dtype
         self._keeps_behaviour = keeps_behaviour
         self._copy: dict[str, torch.Tensor] | None = None
-        self.newest: ParameterSource = self._open_newest
         self.behaviour: ParameterSource = self._open_newest
         self.adopt()
+
+    @property
+    def newest(self) -> ParameterSource:
+        """The learner's weights as they are now; a copy where gathering them takes all ranks, since this may be asked
+        again for a single actor that restarts."""
+        return _opener(self.copy_to_host(self._dtype)) if self._trainer.gathers_weights else self._open_newest
 
     @property
     def lagging_behaviour(self) -> dict[str, torch.Tensor] | None:
@@ -48,13 +53,8 @@ class PolicyWeights:
 
     def adopt_copy(self, copy: dict[str, torch.Tensor]) -> None:
         """Make ``copy``, weights by name in CPU memory, the behaviour."""
-
-        @contextmanager
-        def open_copy(names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
-            yield copy.__getitem__
-
         self._copy = copy
-        self.behaviour = open_copy
+        self.behaviour = _opener(copy)
 
     def copy_to_host(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The newest weights by name, in CPU memory."""
@@ -63,3 +63,11 @@ class PolicyWeights:
             with self._open_newest([name]) as parameter:
                 copy[name] = parameter(name).detach().to("cpu", dtype, copy=True)
         return copy
+
+
+def _opener(copy: dict[str, torch.Tensor]) -> ParameterSource:
+    @contextmanager
+    def open_copy(names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
+        yield copy.__getitem__
+
+    return open_copy

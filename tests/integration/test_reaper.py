@@ -74,6 +74,19 @@ def other_segment():
     path.unlink()
 
 
+def test_shared_memory_that_torch_leaves_under_a_workers_number_goes_too(log):
+    with LocalLauncher(PREFIX) as launcher:
+        worker = launcher.start(["sleep", "300"], os.environ, log)
+        left = [SHM / f"torch_{worker.pid}_12_0", SHM / f"torch_{worker.pid}7_12_0"]
+        for path in left:
+            path.write_bytes(b"x")
+    try:
+        wait_for(lambda: not left[0].exists(), REAPED_S)
+        assert left[1].exists(), "another process's"
+    finally:
+        left[1].unlink()
+
+
 def litter(launcher):
     """Put a segment and a socket-like file where a run has them."""
     segment = SHM / f"{PREFIX}{launcher.run_id}-weights"
