@@ -109,9 +109,10 @@ class Updater:
         per_pass = min(num_left, gradient_steps(self._config, step, passes=1))
         for number in range(self._config.learner.passes):
             order = np.random.default_rng([self._config.run.seed, ORDER_DRAWS, step, number]).permutation(len(entries))
-            count = min(per_pass, num_left)
-            self._pass(entries, order.tolist(), count, step, stats)
-            num_left -= count
+            self._pass(entries, order.tolist(), min(per_pass, num_left), step, stats)
+            num_left -= per_pass
+            if num_left <= 0:
+                break
         stats.mismatch_max = self._trainer.maximum(stats.mismatch_max)
         return stats
 
