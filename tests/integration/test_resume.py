@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -11,21 +12,19 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ENVIRONMENT, OATLITE, Inputs, Run, leftovers, read_lines, run_to_end, start, train
+from oatlite_cli.main import main
+from runs import OATLITE, Inputs, Run, leftovers, read_lines, run_to_end, start, train
 from safetensors.torch import load_file
 
+from oatlite.checkpoint import complete
+
 COMMON = ("--max-prompts", "48", "--epochs", "2", "--save-every", "2", "--eval-every", "3")
-CASES = {
-    "one rank": ("--algo", "simpo"),
-    "two ranks, ZeRO 2, replay, a behaviour that lags": (
-        *("--algo", "dpo", "--actors", "2", "--learners", "2", "--sync-every", "3", "--micro-batch-size", "4"),
-        *("--set", "learner.buffer_size=32", "--set", "learner.passes=2"),
-    ),
-    "two ranks, ZeRO 3": (
-        *("--algo", "kto", "--actors", "2", "--learners", "2", "--set", "learner.zero_stage=3"),
-        *("--micro-batch-size", "4"),
-    ),
-}
+ONE_RANK = ("--algo", "simpo")
+# Everything at once that makes a checkpoint hold more: shards, replayed pairs, a behaviour that lags behind.
+TWO_RANKS = (
+    *("--algo", "kto", "--actors", "2", "--learners", "2", "--micro-batch-size", "4", "--sync-every", "3"),
+    *("--set", "learner.zero_stage=3", "--set", "learner.buffer_size=32", "--set", "learner.passes=2"),
+)
 
 
 def wait_for_line(process: subprocess.Popen[str], words: str) -> str:
@@ -64,7 +63,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = train(llama, tmp_path_factory.mktemp("runs") / "whole", *CASES["one rank"], *COMMON)
+    run = train(llama, tmp_path_factory.mktemp("runs") / "whole", *ONE_RANK, *COMMON)
     assert run.exit_code == 0, run.output
     return run.folder
 
@@ -73,7 +72,7 @@ def whole(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one rank whose supervisor was killed in its fifth step, the last checkpoint being that of the fourth."""
     run = tmp_path_factory.mktemp("runs") / "killed"
-    kill_in_step_5(run, llama, CASES["one rank"])
+    kill_in_step_5(run, llama, ONE_RANK)
     return run
 
 
@@ -107,31 +106,38 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Path, killed: Path, 
     assert "is finished" in again.output
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "one rank"])
-def test_ranks_go_on_as_if_nothing_had_been(case: str, llama: Inputs, tmp_path: Path) -> None:
-    undisturbed = train(llama, tmp_path / "whole", *CASES[case], *COMMON)
+def test_ranks_go_on_as_if_nothing_had_been(llama: Inputs, tmp_path: Path) -> None:
+    undisturbed = train(llama, tmp_path / "whole", *TWO_RANKS, *COMMON)
     assert undisturbed.exit_code == 0, undisturbed.output
-    kill_in_step_5(tmp_path / "killed", llama, CASES[case])
+    kill_in_step_5(tmp_path / "killed", llama, TWO_RANKS)
     done = resume(tmp_path / "killed")
     assert done.exit_code == 0, done.output
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_sigterm_finishes_the_step_and_saves_it(whole: Path, llama: Inputs, tmp_path: Path) -> None:
+def test_sigterm_finishes_the_step_and_saves_it(llama: Inputs, tmp_path: Path) -> None:
     run = tmp_path / "terminated"
-    process = start(llama, run, *CASES["one rank"], *COMMON)
+    process = start(llama, run, *ONE_RANK, *COMMON)
     seen = wait_for_line(process, "step 1/6")
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 143, seen + rest
     last = rest.strip().splitlines()[-1]
-    steps = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir()]
-    assert len(steps) == 1 and 1 <= steps[0] <= 3
-    assert "terminated, saved" in last and f"step {steps[0]}: oatlite resume" in last
+    (saved,) = complete(run / "checkpoints")
+    saved.verify()
+    assert 1 <= saved.step <= 3
+    assert [record["step"] for record in Run(run, 143, "").records("step")] == list(range(1, saved.step + 1))
+    assert "terminated, saved" in last and f"step {saved.step}: oatlite resume" in last
     assert leftovers(run) == []
-    done = resume(run)
-    assert done.exit_code == 0, done.output
-    assert_equal_runs(whole, run)
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(["resume", *arguments]) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("oatlite: error: ") and shown.err.count("\n") == 1
+    return shown.err
 
 
 @pytest.mark.parametrize(
@@ -143,16 +149,15 @@ def test_sigterm_finishes_the_step_and_saves_it(whole: Path, llama: Inputs, tmp_
     ],
 )
 def test_another_run_is_refused_with_what_differs(
-    sets: list[str], words: list[str], killed: Path, tmp_path: Path
+    sets: list[str], words: list[str], killed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = copied(killed, tmp_path / "run")
-    done = resume(run, *(word for setting in sets for word in ("--set", setting)))
-    assert done.exit_code == 2
-    assert len(done.output.strip().splitlines()) == 1
-    assert all(word in done.output for word in words), done.output
+    line = refused(capsys, 2, str(killed), *(word for setting in sets for word in ("--set", setting)))
+    assert all(word in line for word in words), line
 
 
-def test_another_model_or_tokenizer_is_refused(killed: Path, llama: Inputs, tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused(
+    killed: Path, llama: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = copied(killed, tmp_path / "run")
     policy = Path(shutil.copytree(llama.policy, tmp_path / "policy"))
     config = run / "config.toml"
@@ -163,14 +168,15 @@ def test_another_model_or_tokenizer_is_refused(killed: Path, llama: Inputs, tmp_
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (policy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    done = resume(run)
-    assert done.exit_code == 2
-    assert "the tokenizer is another one" in done.output
-    assert "the model is another one" not in done.output
+    line = refused(capsys, 2, str(run))
+    assert "the tokenizer is another one" in line
+    assert "the model is another one" not in line
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_damaged_checkpoint_is_named_and_not_used(damage: str, killed: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_not_used(
+    damage: str, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = copied(killed, tmp_path / "run")
     shutil.copytree(run / "checkpoints" / "step-000004", run / "checkpoints" / "step-000002")
     older = run / "checkpoints" / "step-000002" / "manifest.json"
@@ -185,31 +191,18 @@ def test_a_damaged_checkpoint_is_named_and_not_used(damage: str, killed: Path, t
             file.write_bytes(data[:-1])
         case "remove":
             file.unlink()
-    done = resume(run)
-    assert done.exit_code == 4
-    assert len(done.output.strip().splitlines()) == 1
-    assert str(file) in done.output and "--from-step 2" in done.output
+    line = refused(capsys, 4, str(run))
+    assert str(file) in line and "--from-step 2" in line
+    assert "of 4, 2" in refused(capsys, 4, str(run), "--from-step", "3")
 
 
-def test_a_run_that_is_still_going_on_is_left_alone(llama: Inputs, tmp_path: Path) -> None:
-    process = start(llama, tmp_path / "running", "--epochs", "50", "--save-every", "1")
-    try:
-        wait_for_line(process, "step 2/")
-        done = resume(tmp_path / "running")
-        assert done.exit_code == 2, done.output
-        assert "still going on" in done.output
-        assert process.poll() is None
-    finally:
-        process.send_signal(signal.SIGINT)
-        rest, _ = process.communicate(timeout=30)
-    assert "oatlite resume" in rest.strip().splitlines()[-1]
+def test_a_run_that_is_still_going_on_is_left_alone(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (killed / "config.toml").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as its supervisor holds it
+        assert "still going on" in refused(capsys, 2, str(killed))
 
 
 @pytest.mark.parametrize("folder", ["nothing", "empty"])
-def test_what_is_no_run_is_one_line(folder: str, tmp_path: Path) -> None:
+def test_what_is_no_run_is_one_line(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    command = [str(OATLITE), "resume", str(tmp_path / folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 2
-    assert done.stderr.startswith("oatlite: error: ") and done.stderr.count("\n") == 1
-    assert done.stdout == ""
+    assert "is no folder of a run" in refused(capsys, 2, str(tmp_path / folder))
