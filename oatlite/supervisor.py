@@ -175,7 +175,7 @@ def _summary(config: Config, plan: Plan, run_dir: Path, seconds: float) -> dict[
         "model": str(run_dir / "model"),
         "next": [
             f"oatlite train --config {config_file} --seed {config.run.seed + 1}",
-            f"oatlite train --config {config_file} --sync-every {OFFLINE_SYNC_EVERY}   (the offline baseline)",
+            f"oatlite train --config {config_file} --sync-every {OFFLINE_SYNC_EVERY}  # the offline baseline",
         ],
     }
 
