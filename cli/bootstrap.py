@@ -267,6 +267,9 @@ def install(wanted: Setup) -> None:
     listed = subprocess.run([*pip, "config", "list"], check=False, capture_output=True, text=True).stdout
     pip_settings = parse_pip_config(listed)
     command = [str(VENV / "bin" / "uv"), "pip", "install", "--python", python, "--editable", f".[{wanted.extras}]"]
+    if os.environ.get("PYTHONDONTWRITEBYTECODE"):
+        # Python would compile torch, transformers and vLLM anew at every start of every process: half a minute each.
+        command.append("--compile-bytecode")
     if wanted.accelerator == "cpu":
         command += cpu_options(pip_settings.get("find-links", ()), VENV / "oatlite-overrides.txt")
     run_step(
