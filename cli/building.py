@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 MODEL, DATA, TRAINING = "Model", "Data", "Training"
+SMALL = 50_000_000
+"""Parameters of a network that needs a higher learning rate than the commands' defaults."""
 
 
 def _rate(value: float | None) -> float | None:

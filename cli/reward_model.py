@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .building import DATA, MODEL, TRAINING, Data, Epochs, Model, PromptKey, Rate, Seed, Split, VocabSize, command
+from .building import (
+    DATA,
+    MODEL,
+    SMALL,
+    TRAINING,
+    Data,
+    Epochs,
+    Model,
+    PromptKey,
+    Rate,
+    Seed,
+    Split,
+    VocabSize,
+    command,
+)
 
 if TYPE_CHECKING:
     from oatlite.reward_modeling import Ranking
@@ -80,6 +94,8 @@ def reward_model(
         "--prompt-key": prompt_key,
         "--reference-key": reference_key,
     }
+    if result.num_parameters < SMALL:
+        flags["--lr"] = "1e-4"  # the default is for a network of a billion parameters
     defaults = {"--split": "train", "--prompt-key": "prompt", "--reference-key": "reference"}
     print(f"next: {command('train', flags, defaults)}")
 

@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from .building import DATA, MODEL, TRAINING, Data, Epochs, Model, PromptKey, Rate, Seed, Split, VocabSize, command
+from .building import (
+    DATA,
+    MODEL,
+    SMALL,
+    TRAINING,
+    Data,
+    Epochs,
+    Model,
+    PromptKey,
+    Rate,
+    Seed,
+    Split,
+    VocabSize,
+    command,
+)
 
 
 def sft(
@@ -83,5 +97,7 @@ def sft(
         "--prompt-key": prompt_key,
         "--reference-key": reference_key,
     }
+    if result.num_parameters < SMALL:
+        flags["--lr"] = "3e-4"  # the default is for a network of a billion parameters
     defaults = {"--split": "train", "--prompt-key": "prompt", "--reference-key": "reference"}
     print(f"next: {command('reward-model', flags, defaults)}")

@@ -87,6 +87,7 @@ def test_sft_says_what_it_made_and_what_comes_next(data: Path, tmp_path: Path, c
     assert summary.startswith(f"{output}: ")
     assert re.search(r"190 rows, held-out loss \d\.\d{3} nats", summary)
     assert following.startswith(f"next: oatlite reward-model --model {output} --data {data} --output ")
+    assert following.endswith(" --lr 3e-4")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
