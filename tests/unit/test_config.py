@@ -11,7 +11,7 @@ import pytest
 
 from oatlite.config.dump import toml_value
 from oatlite.config.load import dump_toml, load_config, num_steps, preset_names, resolve
-from oatlite.config.placement import places
+from oatlite.config.placement import places, starts_after
 from oatlite.config.resolve import actors_of_rank
 from oatlite.config.schema import Config
 from oatlite.errors import ConfigError
@@ -352,3 +352,17 @@ def test_cores_are_shared_out_whole() -> None:
 def test_visible_gpus(mask: str | None, expected: str) -> None:
     gpus = [Gpu(f"GPU-{letter}", letter) for letter in "abc"]
     assert "".join(gpu.name for gpu in visible(gpus, mask)) == expected
+
+
+def test_a_learner_starts_after_the_actors_on_its_gpu_and_nobody_else_waits() -> None:
+    def waits(num_gpus: int, **placement: int) -> dict[str, list[str]]:
+        flags = {f"placement.{key}": value for key, value in ({"gpus": num_gpus} | placement).items()}
+        config = resolved(num_gpus, preset="demo", flags=flags | {"learner.micro_batch_size": 4})
+        everybody = places(config, cores=(0, 1))
+        return {p.name: [other.name for other in starts_after(p, everybody)] for p in everybody}
+
+    shared = waits(2)
+    assert (shared["learner 0"], shared["learner 1"]) == (["actor 0"], ["actor 1"])
+    assert shared["actor 0"] == shared["actor 1"] == []
+    assert not any(waits(2, actors=1, learners=1).values()), "on GPUs of their own"
+    assert not any(waits(0).values()), "on the CPU"
