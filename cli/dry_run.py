@@ -13,7 +13,6 @@ from oatlite.config.schema import Config
 from oatlite.hardware import available_memory_bytes, free_bytes, usable_cores
 
 GIB = 1 << 30
-PAIRRM = "pairrm"
 ASSETS = ("model.path", "model.reference", "data.prompts", "oracle.path")
 
 
@@ -80,8 +79,6 @@ def _missing(config: Config, gpus: Sequence[str]) -> list[str]:
     assert place.gpus is not None and place.actors is not None
     if place.gpus > len(gpus):
         found.append(f"GPUs: {place.gpus} asked, {len(gpus) or 'none'} here (--gpus {len(gpus)})")
-    if config.oracle.path == PAIRRM:
-        found.append("oracle: this version has no PairRM (--oracle REWARD_MODEL)")
     if config.sync.transport == "shm":
         buffer, free = config.sync.bucket_mib << 20, free_bytes()
         if buffer > free:
@@ -99,11 +96,7 @@ def _downloads(config: Config) -> list[str]:
     for key in ASSETS:
         section, _, name = key.partition(".")
         asset = dumped[section][name]
-        if (
-            asset not in ("demo", PAIRRM)
-            and not Path(asset).exists()
-            and not _is_cached(asset, is_data=section == "data")
-        ):
+        if asset != "demo" and not Path(asset).exists() and not _is_cached(asset, is_data=section == "data"):
             found.setdefault(asset, key)
     return [f"{key}: {asset} (hub)" for asset, key in found.items()]
 

@@ -31,7 +31,7 @@ def train(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="settings to start from; default: demo",
+            help="settings to start from; default: demo, on GPUs tldr",
             rich_help_panel=RUN,
             metavar="|".join(preset_names()),
         ),

@@ -190,24 +190,31 @@ def _check_weights(path: str, what: str) -> None:
 
 
 def _check_oracle(config: Config) -> None:
+    from oatlite.oracles.loading import is_pairrm, read_config
     from oatlite.oracles.reward_model import check_reward_model
 
     path = config.oracle.path
     if path is None:
         raise ConfigError("oracle.path names no reward model", "give a folder or a hub id")
-    if path == "pairrm":
-        raise ConfigError("this version has no PairRM oracle yet", "give a reward model with --oracle")
-    reward_model = check_reward_model(path)
+    compares_pairs = is_pairrm(read_config(path))
+    limit: float = config.oracle.max_tokens
+    if not compares_pairs:
+        limit = min(limit, _max_positions(check_reward_model(path)))
     _check_weights(path, "the reward model")
     tokenizer = load_tokenizer(path)
-    limit = min(config.oracle.max_tokens, _max_positions(reward_model))
-    if config.sampling.max_new_tokens >= limit:
+    num_responses = 2 if compares_pairs else 1
+    if num_responses * config.sampling.max_new_tokens >= limit:
+        what = "two responses together can have" if compares_pairs else "a response can have"
         raise ConfigError(
-            f"the oracle takes {limit:.0f} tokens, prompt included, and a response can have "
-            f"{config.sampling.max_new_tokens}",
+            f"the oracle takes {limit:.0f} tokens, prompt included, and {what} "
+            f"{num_responses * config.sampling.max_new_tokens}",
             to_type("oracle.max_tokens", 1024) if limit == config.oracle.max_tokens else "lower --max-new-tokens",
         )
-    if config.oracle.chat_template and getattr(tokenizer, "chat_template", None) is None:
+    if not config.oracle.chat_template:
+        return
+    if compares_pairs:
+        raise ConfigError("PairRM reads plain text, and oracle.chat_template = true", "oracle.chat_template = false")
+    if getattr(tokenizer, "chat_template", None) is None:
         raise ConfigError(f"the tokenizer of {path} has no chat template", "set oracle.chat_template = false")
 
 

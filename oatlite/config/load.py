@@ -58,8 +58,8 @@ def load_config(
 ) -> Config:
     """Merge a preset, a TOML file, flags (dotted keys) and ``section.key=value`` settings, the later winning.
 
-    Where nothing says which model and prompts, the preset ``demo`` is chosen, on one GPU where there are any
-    (``num_gpus``, default: counted). Raises :class:`ConfigError` for whatever cannot be used.
+    Where nothing says which model and prompts, the preset ``tldr`` is chosen on a machine with GPUs (``num_gpus``,
+    default: counted), and ``demo`` elsewhere. Raises :class:`ConfigError` for whatever cannot be used.
     """
     layers = [_read_preset(preset)] if preset is not None else []
     if file is not None:
@@ -67,7 +67,7 @@ def load_config(
     layers.append(_command_line(flags or {}, sets))
     merged = _merge(layers)
     if preset is None and not any(key in merged and merged[key].value for key in ("model.path", "data.prompts")):
-        merged = _merge([*_default_preset(num_gpus), *layers])
+        merged = _merge([*_default_preset(num_gpus, merged), *layers])
     _check_algorithm(merged)
     for key, given in merged.items():
         check_key(key, given.source, _algorithm(merged))
@@ -89,9 +89,15 @@ def _read_preset(name: str) -> Layer:
     return _read_file(PRESETS / f"{name}.toml", f"preset {name}")
 
 
-def _default_preset(num_gpus: int | None) -> list[Layer]:
+def _default_preset(num_gpus: int | None, asked: Layer) -> list[Layer]:
+    """``tldr`` where there are GPUs to run it on, else ``demo``; on as many GPUs as there are, up to the preset's."""
     available = len(gpu_names()) if num_gpus is None else num_gpus
-    return [_read_preset("demo"), {"placement.gpus": Given(min(1, available), "preset demo on this machine")}]
+    wanted = asked["placement.gpus"].value if "placement.gpus" in asked else available
+    if not available or wanted == 0:
+        return [_read_preset("demo"), {"placement.gpus": Given(0, "preset demo on this machine")}]
+    preset = _read_preset("tldr")
+    gpus = min(preset["placement.gpus"].value, available)
+    return [preset, {"placement.gpus": Given(gpus, "preset tldr on this machine")}]
 
 
 def _read_file(path: Path, source: str) -> Layer:

@@ -16,6 +16,7 @@ from oatlite.errors import ConfigError
 from oatlite.hardware import existing_ancestor
 
 DEMO = "demo"
+PAIRRM = {"pairrm": "llm-blender/PairRM-hf"}
 DEMO_GOLD_SCORE = "oatlite.demo.task:true_score"
 DEFAULT_NAME = re.compile(r".+-\d{8}-\d{6}(-\d+)?")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -84,6 +85,7 @@ def _filled(config: Config, num_gpus: int) -> dict[str, Any]:
     default(placement, "actors", max(placement["gpus"], placement["learners"]))
     default(model, "reference", model["path"])
     default(model, "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
+    values["oracle"]["path"] = PAIRRM.get(values["oracle"]["path"], values["oracle"]["path"])
     default(values["oracle"], "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
     default(learner, "batch_size", values["rollout"]["prompts_per_step"])
     default(learner, "buffer_size", values["rollout"]["prompts_per_step"])

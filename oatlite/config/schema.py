@@ -87,9 +87,11 @@ class LearnerConfig(Section):
 
 
 class OracleConfig(Section):
-    path: str | None = Field(None, description="reward model: a folder, a hub id, or demo")
+    path: str | None = Field(None, description="reward model: a folder, a hub id, pairrm, or demo")
     chat_template: bool = Field(False, description="wrap prompt and response in the oracle's chat template")
-    max_tokens: PositiveInt = Field(1024, description="prompt and response together; longer pairs carry no weight")
+    max_tokens: PositiveInt = Field(
+        1024, description="prompt and response (of pairrm: both) together; longer pairs carry no weight"
+    )
     batch_tokens: PositiveInt = Field(16384, description="padded tokens per oracle forward pass")
     dtype: DTypeName = "auto"
     feedback: Literal["threshold", "bernoulli"] = Field(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from oatlite.config.schema import OracleConfig
 from oatlite.errors import ConfigError
 from oatlite.oracles.base import PreferenceOracle, RewardOracle, Verdicts, checked, draw_verdicts, trainable_pairs
+from oatlite.oracles.loading import is_pairrm, read_config
 
 __all__ = [
     "PreferenceOracle",
@@ -24,14 +23,20 @@ def build_oracle(config: OracleConfig, *, device: str) -> PreferenceOracle:
 
     Raises ConfigError when it cannot be loaded.
     """
-    return BUILDERS[type(config)](config, device)
-
-
-def _reward_model(config: OracleConfig, device: str) -> PreferenceOracle:
-    from oatlite.oracles.reward_model import RewardModelOracle
-
     if config.path is None:
         raise ConfigError("oracle.path names no reward model", "give a folder or a hub id")
+    if is_pairrm(read_config(config.path)):
+        from oatlite.oracles.pairrm import PairRMOracle
+
+        return PairRMOracle(
+            config.path,
+            max_tokens=config.max_tokens,
+            batch_tokens=config.batch_tokens,
+            dtype=config.dtype,
+            device=device,
+        )
+    from oatlite.oracles.reward_model import RewardModelOracle
+
     return RewardModelOracle(
         config.path,
         chat_template=config.chat_template,
@@ -40,7 +45,3 @@ def _reward_model(config: OracleConfig, device: str) -> PreferenceOracle:
         dtype=config.dtype,
         device=device,
     )
-
-
-# One entry per section of the schema that describes an oracle.
-BUILDERS: dict[type[OracleConfig], Callable[[OracleConfig, str], PreferenceOracle]] = {OracleConfig: _reward_model}

@@ -19,10 +19,11 @@ from torch import Tensor
 from oatlite.continuations import join
 from oatlite.errors import ConfigError, OracleError
 from oatlite.oracles.base import Floats, RewardOracle
-from oatlite.sources import find_local, first_line
+from oatlite.oracles.loading import TRAIN_ONE, load_tokenizer, read_config, torch_dtype
+from oatlite.oracles.sequences import batches, longest_first, pad
+from oatlite.sources import first_line
 
 HEAD = "ForSequenceClassification"
-TRAIN_ONE = "type a reward model, such as one made by: oatlite reward-model"
 
 
 def check_reward_model(path: str, *, trust_remote_code: bool = False) -> Any:
@@ -30,13 +31,7 @@ def check_reward_model(path: str, *, trust_remote_code: bool = False) -> Any:
 
     Raises ConfigError when there is none, or it is not a classifier with one label.
     """
-    from transformers import AutoConfig
-
-    find_local(path, "the reward model")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a configuration of somebody else's raises
-        raise ConfigError(f"the reward model {path} cannot be loaded: {first_line(error)}", TRAIN_ONE) from error
+    config = read_config(path, trust_remote_code=trust_remote_code)
     architectures = getattr(config, "architectures", None) or ["no architecture"]
     is_classifier = any(name.endswith(HEAD) for name in architectures)
     if not is_classifier and f"AutoModel{HEAD}" not in (getattr(config, "auto_map", None) or {}):
@@ -93,12 +88,13 @@ class RewardModelOracle(RewardOracle):
         self.max_tokens = min(max_tokens, limit) if limit else max_tokens
         self.batch_tokens = batch_tokens
         self.device = torch.device(device)
-        self.tokenizer = _load_tokenizer(path, trust_remote_code=trust_remote_code)
+        self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         if chat_template and getattr(self.tokenizer, "chat_template", None) is None:
             raise ConfigError(
                 f"the tokenizer of the reward model {path} has no chat template", "oracle.chat_template = false"
             )
-        self.model = _load_model(path, _dtype(dtype, self.device), trust_remote_code=trust_remote_code).to(self.device)
+        model = _load_model(path, torch_dtype(dtype, self.device), trust_remote_code=trust_remote_code)
+        self.model = model.to(self.device)
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str] | None = None
@@ -107,8 +103,9 @@ class RewardModelOracle(RewardOracle):
         del references  # a reward model reads the response alone
         sequences = self.encode(prompts, responses)
         scores = np.full(len(sequences), np.nan, np.float32)
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
-        for batch in self._batches([i for i in order if 0 < len(sequences[i]) <= self.max_tokens], sequences):
+        lengths = [len(sequence) for sequence in sequences]
+        order = [i for i in longest_first(lengths) if 0 < lengths[i] <= self.max_tokens]
+        for batch in batches(order, lengths, self.batch_tokens):
             scores[batch] = self._forward([sequences[i] for i in batch])
             if not np.isfinite(scores[batch]).all():
                 raise OracleError(
@@ -135,26 +132,9 @@ class RewardModelOracle(RewardOracle):
         messages = [*_messages(prompt), {"role": "assistant", "content": response}]
         return self._ids(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
-    def _batches(self, order: Sequence[int], sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Cut ``order``, longest first, so that rows times the first row's length stays within ``batch_tokens``."""
-        batches: list[list[int]] = []
-        for i in order:
-            longest = len(sequences[batches[-1][0]]) if batches else 0
-            if batches and (len(batches[-1]) + 1) * longest <= self.batch_tokens:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
-        return batches
-
     @torch.inference_mode()
     def _forward(self, sequences: Sequence[Sequence[int]]) -> Floats:
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        input_ids = torch.zeros(
-            len(sequences), int(lengths.max()), dtype=torch.long
-        )  # what stands in padding is masked
-        for row, sequence in enumerate(sequences):
-            input_ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        input_ids, mask = pad(sequences)
         scores = pooled_scores(self.model, input_ids.to(self.device), mask.to(self.device))
         return scores.float().cpu().numpy()
 
@@ -168,25 +148,6 @@ def _messages(prompt: str) -> list[dict[str, str]]:
         if isinstance(messages, list) and all(isinstance(m, dict) and set(m) == {"role", "content"} for m in messages):
             return messages
     return [{"role": "user", "content": prompt}]
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a file of somebody else's makes a tokenizer raise
-        raise ConfigError(
-            f"the reward model {path} has no usable tokenizer: {first_line(error)}",
-            "copy tokenizer.json into its folder",
-        ) from error
 
 
 def _load_model(path: str, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:

@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runs import OATLITE, Inputs, Run, leftovers, read_lines, run_to_end, start, train, worker_pids
+from small_pairrm import save_pairrm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oatlite.config.load import load_config, resolve
@@ -136,10 +138,14 @@ def test_dpo_on_gpt_neox_offline(neox: Inputs, tmp_path: Path) -> None:
     assert evals[-1]["win_probability"] != evals[0]["win_probability"]
 
 
-def test_an_algorithm_of_a_users_own(llama: Inputs, tmp_path: Path) -> None:
-    run = train(llama, tmp_path / "own", "--algo", f"{EXAMPLE}:FarApart", "--set", "algorithm.options.margin=0.5")
+def test_an_algorithm_of_a_users_own_judged_by_pairrm(llama: Inputs, tmp_path: Path) -> None:
+    judged = replace(llama, reward_model=Path(save_pairrm(tmp_path / "pairrm")[0]))
+    run = train(judged, tmp_path / "own", "--algo", f"{EXAMPLE}:FarApart", "--set", "algorithm.options.margin=0.5")
     assert run.exit_code == 0, run.output
-    assert run.records("step")[-1]["queries"] == 48
+    last = run.records("step")[-1]
+    assert last["queries"] == 48
+    assert last["trainable_pairs"] > 0
+    assert 0 < run.records("eval")[-1]["win_probability"] < 1
 
 
 @pytest.mark.parametrize("stage", ["starting", "generate", "learn"])

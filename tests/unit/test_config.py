@@ -50,12 +50,16 @@ def test_every_shipped_preset_loads() -> None:
     assert num_steps(resolved(2, preset="tldr")) == 50000 // 128
 
 
-def test_the_demo_runs_when_no_task_is_given_and_fits_on_one_gpu() -> None:
-    assert resolved(0).model.path == resolved(4).model.path == "demo"
+def test_no_task_given_means_the_demo_on_the_cpu_and_tldr_on_gpus() -> None:
+    assert resolved(0).model.path == "demo"
     assert resolved(0).placement.gpus == 0
-    assert resolved(4).placement.gpus == resolved(1).placement.gpus == 1
-    assert resolved(4, flags={"placement.gpus": 0}).placement.gpus == 0
+    for there, used in ((1, 1), (2, 2), (4, 2)):
+        config = resolved(there)
+        assert config.oracle.path == "llm-blender/PairRM-hf"
+        assert config.placement.gpus == config.placement.actors == config.placement.learners == used
     assert resolved(4, flags={"placement.gpus": 4}).placement.gpus == 4
+    on_cpu = resolved(4, flags={"placement.gpus": 0})
+    assert (on_cpu.model.path, on_cpu.placement.gpus) == ("demo", 0)
 
 
 def test_weights_go_by_cuda_ipc_where_every_actor_is_on_its_learners_gpu() -> None:

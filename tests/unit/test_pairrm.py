@@ -1,0 +1,75 @@
+"""PairRM: equal to the published network's steps done one pair at a time, in both orders, whatever the batch."""
+
+import numpy as np
+import pytest
+import torch
+from small_folders import byte_tokenizer
+from small_pairrm import PREFIXES, save_pairrm
+
+from oatlite.config.load import load_config, resolve
+from oatlite.config.schema import OracleConfig
+from oatlite.errors import ConfigError, OracleError
+from oatlite.oracles import build_oracle
+from oatlite.oracles.pairrm import PairRMOracle
+
+PROMPTS = ["sum up: one two three", "b", "sum up: one two three", "d" * 40]
+FIRST = ["one", "the first is longer", "one", ""]
+SECOND = ["two three", "no", "one", "x y"]
+
+
+def test_it_equals_the_published_steps_pair_by_pair_and_averages_both_orders(tmp_path):
+    path, logit = save_pairrm(tmp_path / "pairrm")
+    expected = []
+    for prompt, one, other in zip(PROMPTS, FIRST, SECOND, strict=True):
+        forward, backward = logit(prompt, one, other), logit(prompt, other, one)
+        expected.append(1 / (1 + np.exp(-(forward - backward) / 2)))
+    assert np.ptp(expected) > 0.05, "the pairs must be told apart for this to show anything"
+    for batch_tokens in (1, 150, 10_000):
+        oracle = build_oracle(OracleConfig(path=path, batch_tokens=batch_tokens), device="cpu")
+        assert isinstance(oracle, PairRMOracle)
+        verdicts = oracle.compare(PROMPTS, FIRST, SECOND)
+        np.testing.assert_allclose(verdicts.first_win, expected, atol=1e-5)
+        assert verdicts.is_valid.all()
+        assert verdicts.first_scores is None
+
+
+def test_swapped_responses_swap_the_verdict_exactly_and_equal_ones_tie(tmp_path):
+    oracle = PairRMOracle(save_pairrm(tmp_path / "pairrm")[0])
+    there, back = oracle.compare(PROMPTS, FIRST, SECOND), oracle.compare(PROMPTS, SECOND, FIRST)
+    np.testing.assert_allclose(there.first_win + back.first_win, 1.0, atol=1e-6)
+    assert oracle.compare(["p"], ["same"], ["same"]).first_win.tolist() == [0.5]
+
+
+def test_a_response_cannot_pose_as_a_prefix(tmp_path):
+    oracle = PairRMOracle(save_pairrm(tmp_path / "pairrm")[0])
+    ids, prefixes = oracle.encode("a<|candidate1|>", "b<|source|>", "c")
+    assert oracle.tokenizer.convert_ids_to_tokens([ids[i] for i in prefixes]) == PREFIXES
+    assert prefixes == [1, 6, 11]
+
+
+def test_a_pair_longer_than_the_limit_is_not_valid(tmp_path):
+    oracle = PairRMOracle(save_pairrm(tmp_path / "pairrm")[0], max_tokens=40)
+    verdicts = oracle.compare(PROMPTS, FIRST, SECOND)
+    assert verdicts.is_valid.tolist() == [False, True, True, False]
+
+
+def test_a_logit_that_is_no_number_ends_it(tmp_path):
+    oracle = PairRMOracle(save_pairrm(tmp_path / "pairrm")[0])
+    oracle.model.head_layer[4].bias.fill_(torch.inf)
+    with pytest.raises(OracleError, match="not finite"):
+        oracle.compare(["p"], ["a"], ["b"])
+
+
+def test_what_is_no_complete_pairrm_is_refused_in_a_line(tmp_path):
+    path, _ = save_pairrm(tmp_path / "torn", leave_out=["head_layer.4.weight"])
+    with pytest.raises(ConfigError, match=r"lack head_layer\.4\.weight"):
+        PairRMOracle(path)
+    path, _ = save_pairrm(tmp_path / "foreign")
+    byte_tokenizer().save_pretrained(path)
+    with pytest.raises(ConfigError, match="does not know the token"):
+        PairRMOracle(path)
+
+
+def test_its_name_stands_for_the_published_checkpoint():
+    config = resolve(load_config(preset="demo", flags={"oracle.path": "pairrm"}, num_gpus=0), 0)
+    assert config.oracle.path == "llm-blender/PairRM-hf"
