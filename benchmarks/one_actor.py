@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,12 +21,20 @@ from oatlite.workers.spec import WorkerSpec, rollout_socket
 
 @contextmanager
 def one_actor(
-    policy: Path, reward_model: Path, layout: Layout, vocab_size: int, logs: Path, *, max_model_len: int = 64
+    policy: Path,
+    reward_model: Path,
+    layout: Layout,
+    vocab_size: int,
+    logs: Path,
+    *,
+    max_model_len: int = 64,
+    lora: dict[str, Any] | None = None,
 ) -> Iterator[ActorPool]:
     """An actor in float32 on CPU, ready to be synced; its log is ``logs/actor.log``."""
-    paths = {
+    settings = {
         "model": {"path": str(policy), "dtype": "float32"},
         "oracle": {"path": str(reward_model), "dtype": "float32"},
+        "lora": lora or {},
     }
     with LocalLauncher(SHM_PREFIX) as launcher:
         spec = WorkerSpec(
@@ -39,7 +48,7 @@ def one_actor(
             max_model_len=max_model_len,
             num_steps=1,
             fingerprints={},
-            config=Config.model_validate(paths),
+            config=Config.model_validate(settings),
         )
         buffer = create_buffer("shm", layout.buffer_bytes, launcher.run_id, torch.device("cpu"))
         hub = Hub(address(launcher.private_dir, rollout_socket(0)), launcher.run_id)

@@ -62,6 +62,7 @@ def train(
     algo: Annotated[str | None, setting("algorithm.name", ALGORITHM, metavar="NAME")] = None,
     beta: Annotated[float | None, setting("algorithm.beta", ALGORITHM)] = None,
     lr: Annotated[float | None, setting("learner.lr", ALGORITHM)] = None,
+    lora_rank: Annotated[int | None, setting("lora.rank", ALGORITHM)] = None,
     sync_every: Annotated[int | None, setting("rollout.sync_every", ALGORITHM)] = None,
     max_new_tokens: Annotated[int | None, setting("sampling.max_new_tokens", SAMPLING)] = None,
     temperature: Annotated[float | None, setting("sampling.temperature", SAMPLING)] = None,

@@ -9,27 +9,34 @@ from __future__ import annotations
 
 import enum
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from oatlite.errors import ConfigError, WorkerDied
+from oatlite.lora import AdapterOptions, write_adapter
 
 if TYPE_CHECKING:
     import torch
 
 
 WARM_UP_TOKENS = 4
+ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM makes room for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How to start the engine. ``max_model_len`` counts prompt and response tokens together."""
+    """How to start the engine. ``max_model_len`` counts prompt and response tokens together.
+
+    With an ``adapter``, the weights that come are that adapter's alone, for the model at ``path``.
+    """
 
     path: str
     dtype: str
@@ -40,6 +47,7 @@ class EngineOptions:
     kv_cache_gib: float
     threads: int
     trust_remote_code: bool = False
+    adapter: AdapterOptions | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +106,9 @@ class Engine:
             "disable_log_stats": True,
             "logprobs_mode": "raw_logprobs",
         }
+        if options.adapter is not None:
+            room = next(rank for rank in ADAPTER_RANKS if rank >= options.adapter.rank)
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
         if options.device == "cpu":
             arguments["enforce_eager"] = True
         else:
@@ -107,6 +118,8 @@ class Engine:
         except (ValueError, NotImplementedError) as error:
             raise ConfigError(f"vLLM does not take the model {options.path}: {error}") from error
         self._options = options
+        self._arriving: dict[str, torch.Tensor] = {}
+        self._lora_request: Any = None
         self.state = State.READY
 
     @property
@@ -156,7 +169,10 @@ class Engine:
             for seed in seeds
         ]
         inputs = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
-        return [_sample(output.outputs[0]) for output in self._llm.generate(inputs, params, use_tqdm=False)]
+        return [
+            _sample(output.outputs[0])
+            for output in self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora_request)
+        ]
 
     def warm_up(self, prompt: npt.NDArray[np.int32]) -> float:
         """Generate once so that kernels are ready before the first timed step; returns seconds."""
@@ -175,11 +191,16 @@ class Engine:
         if self.state is not State.READY:
             raise RuntimeError(f"weights cannot be loaded while the engine is {self.state.value}")
         self.state = State.LOADING
-        initialize_layerwise_reload(self.model)
+        self._arriving = {}
+        if self._options.adapter is None:
+            initialize_layerwise_reload(self.model)
 
     def load_bucket(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Load tensors under their Hugging Face names. On return nothing refers to their memory any more."""
-        self._guarded(lambda: self._load(tensors))
+        self._guarded(lambda: self._load(tensors) if self._options.adapter is None else self._keep(tensors))
+
+    def _keep(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        self._arriving |= {name: tensor.to("cpu", copy=True) for name, tensor in tensors}
 
     def _load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         loaded = self.model.load_weights(iter(tensors))
@@ -200,14 +221,28 @@ class Engine:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         def finish() -> None:
-            finalize_layerwise_reload(self.model, self._llm.llm_engine.model_config)
-            self._process_tied_layers()
+            if self._options.adapter is None:
+                finalize_layerwise_reload(self.model, self._llm.llm_engine.model_config)
+                self._process_tied_layers()
+            else:
+                self._replace_adapter(self._options.adapter)
             self._wait_for_device()
             if not self._llm.reset_prefix_cache():
                 raise WorkerDied("vLLM refused to reset its prefix cache; a request is still running")
 
         self._guarded(finish)
         self.state = State.READY
+
+    def _replace_adapter(self, options: AdapterOptions) -> None:
+        """Let vLLM load what arrived, in the place of the adapter before it. It takes adapters from files alone."""
+        from vllm.lora.request import LoRARequest
+
+        with tempfile.TemporaryDirectory(prefix="adapter-") as name:
+            write_adapter(Path(name), self._arriving, options, base=self._options.path)
+            if not self._llm.llm_engine.add_lora(LoRARequest("policy", 1, name, load_inplace=True)):
+                raise WorkerDied("vLLM did not take the adapter")
+        self._arriving = {}
+        self._lora_request = LoRARequest("policy", 1, name)
 
     def _process_tied_layers(self) -> None:
         """Let a layer that shares another's parameter see the new values.

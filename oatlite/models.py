@@ -2,7 +2,11 @@
 
 A pair is trained on as one sequence ``[prompt, chosen, rejected]``: both responses start at the position after the
 prompt, and a mask hides ``chosen`` from ``rejected``, so the prompt is computed once. A model whose attention takes
-no such mask gets two plain sequences; :func:`choose_layout` finds out by trying.
+no such mask gets two plain sequences; :func:`choose_layout` finds out by trying. Layouts:
+
+- ``shared``: one sequence, with a mask for the positions after the prompt alone (:mod:`oatlite.shared_attention`);
+- ``masked``: the same with a mask for all positions, where a model's attention cannot be replaced;
+- ``plain``: two sequences.
 """
 
 from __future__ import annotations
@@ -20,11 +24,12 @@ from torch import nn
 
 from oatlite.errors import ConfigError
 from oatlite.maths.logprobs import token_logprobs, token_logprobs_and_entropies
+from oatlite.shared_attention import install
 
 log = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.int32]
-LayoutName = Literal["shared", "plain"]
+LayoutName = Literal["shared", "masked", "plain"]
 LOGITS_CHUNK_TOKENS = 512
 
 
@@ -107,6 +112,7 @@ class PairModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
+        self.takes_prompt_masks = install(model)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Log-probabilities (N,) float32 of ``batch.targets``; with ``batch.wants_entropies`` (2, N): these, and the
@@ -135,13 +141,13 @@ def lay_out(
     *,
     wants_entropies: bool = False,
 ) -> ForwardBatch:
-    """Put pairs into rows: one per pair (``shared``) or one per response (``plain``)."""
+    """Put pairs into rows: one per response (``plain``) or one per pair."""
     rows: list[list[Tokens]] = []
     for pair in pairs:
-        if layout == "shared":
-            rows.append([pair.prompt, pair.chosen, pair.rejected])
-        else:
+        if layout == "plain":
             rows += [[pair.prompt, pair.chosen], [pair.prompt, pair.rejected]]
+        else:
+            rows.append([pair.prompt, pair.chosen, pair.rejected])
     length = max(sum(len(part) for part in row) for row in rows)
     input_ids = np.full((len(rows), length), pad_token_id, np.int64)
     position_ids = np.zeros((len(rows), length), np.int64)
@@ -162,7 +168,7 @@ def lay_out(
     return ForwardBatch(
         input_ids=torch.from_numpy(input_ids).to(device),
         position_ids=torch.from_numpy(position_ids).to(device),
-        attention_mask=_mask(torch.from_numpy(part_ids).to(device), layout),
+        attention_mask=_mask(torch.from_numpy(part_ids).to(device), layout, min(len(pair.prompt) for pair in pairs)),
         predictor_rows=torch.from_numpy(np.repeat([r for r, _, _ in predictors], lengths)).to(device),
         predictor_columns=torch.from_numpy(np.concatenate([before for _, before, _ in predictors])).to(device),
         targets=torch.from_numpy(np.concatenate([t for _, _, t in predictors]).astype(np.int64)).to(device),
@@ -172,18 +178,18 @@ def lay_out(
     )
 
 
-def _mask(part_ids: torch.Tensor, layout: LayoutName) -> torch.Tensor:
+def _mask(part_ids: torch.Tensor, layout: LayoutName, shortest_prompt: int) -> torch.Tensor:
     """The attention mask for rows cut into parts (R, L): 0 the prompt, 1 and 2 responses, -1 padding.
 
-    ``plain`` gives the usual (R, L) mask of ones and zeros, ``shared`` an additive (R, 1, L, L) one.
+    ``plain`` gives the usual (R, L) mask of ones and zeros, ``masked`` an additive (R, 1, L, L) one, and ``shared``
+    what that has after the first ``shortest_prompt`` queries.
     """
     if layout == "plain":
         return (part_ids >= 0).long()
-    length = part_ids.shape[1]
-    query, key = part_ids[:, :, None], part_ids[:, None, :]
-    visible = ((key == query) | (key == 0)) & torch.ones(
-        length, length, dtype=torch.bool, device=part_ids.device
-    ).tril()
+    first = shortest_prompt if layout == "shared" else 0
+    position = torch.arange(part_ids.shape[1], device=part_ids.device)
+    query, key = part_ids[:, first:, None], part_ids[:, None, :]
+    visible = ((key == query) | (key == 0)) & (position <= position[first:, None])
     additive = torch.zeros(visible.shape, device=part_ids.device)
     # finfo.min and not -inf: a model in bfloat16 or a fused kernel turns rows of -inf into NaN.
     return additive.masked_fill_(~visible, torch.finfo(torch.bfloat16).min)[:, None]
@@ -192,7 +198,7 @@ def _mask(part_ids: torch.Tensor, layout: LayoutName) -> torch.Tensor:
 def choose_layout(
     model: PairModel, vocab_size: int, pad_token_id: int, device: torch.device, *, longest: tuple[int, int]
 ) -> LayoutName:
-    """``shared`` where the model computes the same log-probabilities that way, else ``plain``, said once in the log.
+    """The fastest layout by which the model computes the log-probabilities of ``plain``; that one is said in the log.
 
     ``longest`` is the length of the longest prompt and of the longest response, in tokens: a model whose attention
     reaches over a window alone may agree on short rows and not on these.
@@ -220,18 +226,20 @@ def choose_layout(
                 f"the logits of {type(model.model).__name__} are not its output head times its last hidden state",
                 "use a model without scaled or capped logits",
             )
-        try:
-            shared = model(lay_out(pairs, "shared", pad_token_id, device))
-            if torch.allclose(shared, expected, atol=atol, rtol=rtol):
-                apart, together = (
-                    model(lay_out(long_pair, name, pad_token_id, device)) for name in ("plain", "shared")
-                )
-                # Rounding in bfloat16 can move one of many tokens far; a window that is cut moves all of them.
-                if float((together - apart).abs().mean()) < atol / 3:
-                    return "shared"
-                shared, expected = together, apart
-            why = f"log-probabilities differ by {float((shared - expected).abs().max()):.2g}"
-        except (RuntimeError, ValueError, TypeError) as error:
-            why = str(error).splitlines()[0]
+        why = ""
+        tried: tuple[LayoutName, ...] = ("shared", "masked") if model.takes_prompt_masks else ("masked",)
+        for name in tried:
+            try:
+                found = model(lay_out(pairs, name, pad_token_id, device))
+                if torch.allclose(found, expected, atol=atol, rtol=rtol):
+                    apart, found = (model(lay_out(long_pair, each, pad_token_id, device)) for each in ("plain", name))
+                    # Rounding in bfloat16 can move one of many tokens far; a window that is cut moves all of them.
+                    if float((found - apart).abs().mean()) < atol / 3:
+                        return name
+                    why = f"log-probabilities differ by {float((found - apart).abs().max()):.2g}"
+                else:
+                    why = f"log-probabilities differ by {float((found - expected).abs().max()):.2g}"
+            except (RuntimeError, ValueError, TypeError) as error:
+                why = str(error).splitlines()[0]
     log.warning("%s takes no shared-prompt mask (%s); using plain sequences", type(model.model).__name__, why)
     return "plain"

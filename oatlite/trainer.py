@@ -127,6 +127,7 @@ class Trainer:
         )
         # A script of DeepSpeed's that it would copy into every checkpoint.
         self._engine._copy_recovery_script = lambda path: None
+        self._has_frozen = not all(parameter.requires_grad for parameter in model.parameters())
         self._num_steps = 0
         self._grad_norm = math.nan
         self._set_lr()
@@ -216,19 +217,25 @@ class Trainer:
             yield lambda name: chosen[name].data
 
     def save(self, folder: Path, open_file: Callable[[str], AbstractContextManager[BinaryIO]]) -> None:
-        """Write everything that the next gradient step depends on; all ranks together.
+        """Write everything that the next gradient step depends on and that it changes; all ranks together.
 
         ``open_file`` opens a new file by its path within ``folder``, which every rank can see.
         """
         self._engine.checkpoint_engine = _state_files(folder, open_file)
         self._engine.save_checkpoint(
-            str(folder), tag=STATE_FOLDER, client_state={"oatlite_num_steps": self._num_steps}, save_latest=False
+            str(folder),
+            tag=STATE_FOLDER,
+            client_state={"oatlite_num_steps": self._num_steps},
+            save_latest=False,
+            exclude_frozen_parameters=self._has_frozen,
         )
 
     def load(self, folder: Path) -> None:
         """Take over what :meth:`save` wrote with as many ranks and the same options. Nothing in it is executed."""
         self._engine.checkpoint_engine = _state_files(folder, None)
-        _, client_state = self._engine.load_checkpoint(str(folder), tag=STATE_FOLDER)
+        _, client_state = self._engine.load_checkpoint(
+            str(folder), tag=STATE_FOLDER, load_module_strict=not self._has_frozen
+        )
         self._num_steps = int(client_state["oatlite_num_steps"])
         self._set_lr()
 

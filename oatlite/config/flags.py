@@ -32,6 +32,7 @@ FLAGS: dict[str, str] = {
     "rollout.prompts_per_step": "--prompts-per-step",
     "learner.batch_size": "--batch-size",
     "learner.micro_batch_size": "--micro-batch-size",
+    "lora.rank": "--lora-rank",
     "oracle.path": "--oracle",
     "placement.gpus": "--gpus",
     "placement.actors": "--actors",

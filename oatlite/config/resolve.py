@@ -19,6 +19,7 @@ DEMO = "demo"
 PAIRRM = {"pairrm": "llm-blender/PairRM-hf"}
 DEMO_GOLD_SCORE = "oatlite.demo.task:true_score"
 DEFAULT_NAME = re.compile(r".+-\d{8}-\d{6}(-\d+)?")
+MAX_ADAPTER_RANK = 512  # of vLLM
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -31,6 +32,7 @@ def resolve(config: Config, num_gpus: int, *, is_resumed: bool = False) -> Confi
     """
     _check_gpus(config, num_gpus)
     resolved = Config.model_validate(_filled(config, num_gpus))
+    _check_lora(resolved)
     _check_ranks(resolved)
     resolved = _with_transport(resolved)
     _check_batches(resolved, batch_size_is_default=config.learner.batch_size is None)
@@ -87,6 +89,8 @@ def _filled(config: Config, num_gpus: int) -> dict[str, Any]:
     default(model, "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
     values["oracle"]["path"] = PAIRRM.get(values["oracle"]["path"], values["oracle"]["path"])
     default(values["oracle"], "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
+    if values["lora"]["rank"]:
+        default(values["lora"], "alpha", 2 * values["lora"]["rank"])
     default(learner, "batch_size", values["rollout"]["prompts_per_step"])
     default(learner, "buffer_size", values["rollout"]["prompts_per_step"])
     # In bfloat16, ZeRO keeps the weights and the sum over micro-batches in float32; without it they lose small steps.
@@ -128,6 +132,17 @@ def _check_gpus(config: Config, num_gpus: int) -> None:
     on_gpu = num_gpus > 0 if asked is None else asked > 0
     if config.sync.transport == "cuda_ipc" and not on_gpu:
         raise ConfigError("sync.transport = cuda_ipc needs a GPU", f"type {to_type('sync.transport', 'shm')}")
+
+
+def _check_lora(config: Config) -> None:
+    if config.lora.rank == 0 and (config.lora.sync == "adapter" or config.lora.targets):
+        given = "lora.sync = adapter" if config.lora.sync == "adapter" else "lora.targets"
+        raise ConfigError(f"{given} is for an adapter, and there is none", f"type {to_type('lora.rank', 16)}")
+    if config.lora.sync == "adapter" and config.lora.rank > MAX_ADAPTER_RANK:
+        raise ConfigError(
+            f"lora.rank = {config.lora.rank}, and vLLM takes adapters up to rank {MAX_ADAPTER_RANK}",
+            f"type {to_type('lora.rank', MAX_ADAPTER_RANK)} or {to_type('lora.sync', 'merged')}",
+        )
 
 
 def _check_ranks(config: Config) -> None:

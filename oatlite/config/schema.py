@@ -107,6 +107,19 @@ class EvalConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """A low-rank adapter that is trained instead of the weights."""
+
+    rank: NonNegativeInt = Field(0, description="train an adapter of this rank (LoRA); 0: train all weights")
+    alpha: PositiveInt | None = Field(None, description="the adapter counts alpha / rank; default: twice the rank")
+    targets: tuple[str, ...] = Field(
+        (), description='layers by the end of their names, as in ["q_proj", "v_proj"]; none: all linear ones'
+    )
+    sync: Literal["merged", "adapter"] = Field(
+        "merged", description="send whole weights with the adapter in them, or the adapter alone"
+    )
+
+
 class CheckpointConfig(Section):
     save_every: PositiveInt = Field(50, description="steps between checkpoints, from which a stopped run resumes")
     keep_last: PositiveInt = Field(1, description="checkpoints kept; there is room needed for one more")
@@ -144,6 +157,7 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
+    lora: LoraConfig = LoraConfig()
     algorithm: AlgorithmConfig = SimPOConfig()
     oracle: OracleConfig = OracleConfig()
     eval: EvalConfig = EvalConfig()

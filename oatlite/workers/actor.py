@@ -10,6 +10,7 @@ import numpy as np
 
 from oatlite.engine import WARM_UP_TOKENS, Engine, EngineOptions
 from oatlite.errors import WorkerDied
+from oatlite.lora import adapter_of
 from oatlite.messages import (
     BucketLoaded,
     BucketReady,
@@ -69,6 +70,7 @@ def _engine_options(spec: WorkerSpec) -> EngineOptions:
         kv_cache_gib=config.placement.kv_cache_gib,
         threads=spec.threads,
         trust_remote_code=config.model.trust_remote_code,
+        adapter=adapter_of(config.lora) if config.lora.sync == "adapter" else None,
     )
 
 

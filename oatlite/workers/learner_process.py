@@ -6,7 +6,7 @@ import logging
 import resource
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,18 @@ from oatlite.config.resolve import gradient_steps
 from oatlite.config.schema import Config
 from oatlite.data import load_prompts, load_tokenizer
 from oatlite.loading import load_callable
+from oatlite.lora import (
+    Published,
+    adapter_of,
+    adapter_off,
+    adapter_parameters,
+    add_adapter,
+    all_parameters,
+    merged_parameters,
+    write_adapter,
+)
 from oatlite.metrics.sinks import Sink, WandbSink
-from oatlite.models import PairModel, checkpoint_gradients, choose_layout, load_policy, save_policy
+from oatlite.models import ForwardBatch, PairModel, checkpoint_gradients, choose_layout, load_policy, save_policy
 from oatlite.output_folder import complete_or_absent
 from oatlite.trainer import OptimizerOptions, Ranks, Trainer, join_ranks
 from oatlite.transport import Hub, address
@@ -49,25 +59,29 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     lifeline.stage("starting", "model")
     algorithm = build_algorithm(config.algorithm)
     policy = PairModel(_load(config, config.model.path))
+    adapter = adapter_of(config.lora)
+    if adapter is not None:
+        add_adapter(policy.model, adapter, config.run.seed)
     tokenizer = load_tokenizer(str(config.model.path), config.model.trust_remote_code)
     longest = (spec.max_model_len - config.sampling.max_new_tokens, config.sampling.max_new_tokens)
     layout = choose_layout(policy.to(device), len(tokenizer), int(tokenizer.pad_token_id), device, longest=longest)
     if config.learner.gradient_checkpointing:
         checkpoint_gradients(policy.model)
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in policy.model.named_parameters()]
+    whole = all_parameters(policy.model) if adapter is None else merged_parameters(policy.model)
+    sent = adapter_parameters(policy.model) if config.lora.sync == "adapter" else whole
     dtype = DTYPES[config.model.dtype]
     lifeline.stage("starting", "ranks")
     join_ranks(ranks)
-    pool = _connect(spec, shapes, dtype, device, vocab_size=policy.model.get_input_embeddings().num_embeddings)
+    pool = _connect(spec, sent, dtype, device, vocab_size=policy.model.get_input_embeddings().num_embeddings)
     trainer = Trainer(policy, _optimizer_options(spec), ranks)
     policies = PolicyWeights(
         trainer,
-        [name for name, _ in shapes],
+        sent,
         dtype,
         keeps_behaviour=config.rollout.sync_every > 1 or config.learner.zero_stage == 3,
     )
     rows = Layout(name=layout, pad_token_id=int(tokenizer.pad_token_id), device=device)
-    updater = Updater(config, trainer, algorithm, _reference(config, algorithm, device), rows)
+    updater = Updater(config, trainer, algorithm, _reference(config, algorithm, device, policy, trainer), rows)
     prompts, held_out = load_prompts(
         config.data, config.eval.prompts, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
     )
@@ -114,10 +128,14 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     pool.stop()
     if is_complete:
         with lifeline.doing("saving", "model"):
-            weights = policies.copy_to_host(dtype)
+            weights = policies.copy_to_host(dtype, whole)
+            matrices = policies.copy_to_host(dtype, adapter_parameters(policy.model)) if adapter is not None else {}
             if journal is not None:
                 with complete_or_absent(spec.run_dir / "model") as folder:
                     save_policy(policy.model, weights, str(config.model.path), folder)
+            if journal is not None and adapter is not None:
+                with complete_or_absent(spec.run_dir / "adapter") as folder:
+                    write_adapter(folder, matrices, adapter, base=str(config.model.path))
     if journal is not None:
         journal.close()
     pool.close()
@@ -139,22 +157,32 @@ def _load(config: Config, path: str | None) -> torch.nn.Module:
     return load_policy(path, DTYPES[config.model.dtype], trust_remote_code=config.model.trust_remote_code)
 
 
-def _reference(config: Config, algorithm: Algorithm, device: torch.device) -> PairModel | None:
+def _reference(
+    config: Config, algorithm: Algorithm, device: torch.device, policy: PairModel, trainer: Trainer
+) -> Callable[[ForwardBatch], torch.Tensor] | None:
+    """What scores a pair for the reference: nothing, a model of its own, or the policy with its adapter off."""
     if not (algorithm.needs.reference or config.learner.log_kl):
         return None
+    if config.lora.rank and config.model.reference == config.model.path:
+
+        def base(batch: ForwardBatch) -> torch.Tensor:
+            with adapter_off(policy.model):
+                return trainer.forward(batch)
+
+        return base
     reference = PairModel(_load(config, config.model.reference)).to(device)
     return reference.eval().requires_grad_(False)
 
 
 def _connect(
     spec: WorkerSpec,
-    shapes: Sequence[tuple[str, tuple[int, ...]]],
+    sent: Mapping[str, Published],
     dtype: torch.dtype,
     device: torch.device,
     vocab_size: int,
 ) -> ActorPool:
     config = spec.config
-    layout = plan_layout(shapes, dtype, config.sync.bucket_mib << 20)
+    layout = plan_layout([(name, tensor.shape) for name, tensor in sent.items()], dtype, config.sync.bucket_mib << 20)
     buffer = create_buffer(config.sync.transport, layout.buffer_bytes, spec.run_id, device)
     timeouts = config.timeouts
     return ActorPool(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
+from oatlite.lora import Published
 from oatlite.trainer import Trainer
 from oatlite.workers.rollout import ParameterSource
 
@@ -14,15 +15,18 @@ MODULE_PREFIX = "model."  # PairModel holds the policy under this name
 
 
 class PolicyWeights:
-    """``keeps_behaviour`` makes a copy in host memory at each adoption.
+    """``published`` are the tensors that actors are sent, by their names there.
 
-    It is needed where the behaviour lags behind the newest weights (``sync_every`` above 1), and under ZeRO-3, where
-    weights for one restarted actor could otherwise be gathered only if all ranks took part.
+    ``keeps_behaviour`` makes a copy in host memory at each adoption. It is needed where the behaviour lags behind the
+    newest weights (``sync_every`` above 1), and under ZeRO-3, where weights for one restarted actor could otherwise be
+    gathered only if all ranks took part.
     """
 
-    def __init__(self, trainer: Trainer, names: Sequence[str], dtype: torch.dtype, *, keeps_behaviour: bool) -> None:
+    def __init__(
+        self, trainer: Trainer, published: Mapping[str, Published], dtype: torch.dtype, *, keeps_behaviour: bool
+    ) -> None:
         self._trainer = trainer
-        self._names = list(names)
+        self._published = published
         self._dtype = dtype
         self._keeps_behaviour = keeps_behaviour
         self._copy: dict[str, torch.Tensor] | None = None
@@ -42,8 +46,16 @@ class PolicyWeights:
 
     @contextmanager
     def _open_newest(self, names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
-        with self._trainer.whole_parameters([MODULE_PREFIX + name for name in names]) as parameter:
-            yield lambda name: parameter(MODULE_PREFIX + name)
+        with self._open(self._published, names) as parameter:
+            yield parameter
+
+    @contextmanager
+    def _open(
+        self, published: Mapping[str, Published], names: Sequence[str]
+    ) -> Iterator[Callable[[str], torch.Tensor]]:
+        sources = [MODULE_PREFIX + source for name in names for source in published[name].sources]
+        with self._trainer.whole_parameters(sources) as parameter:
+            yield lambda name: published[name].value(lambda source: parameter(MODULE_PREFIX + source))
 
     def adopt(self) -> ParameterSource:
         """Make the newest weights the behaviour, and return it. All ranks together under ZeRO-3."""
@@ -56,11 +68,14 @@ class PolicyWeights:
         self._copy = copy
         self.behaviour = _opener(copy)
 
-    def copy_to_host(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The newest weights by name, in CPU memory."""
+    def copy_to_host(
+        self, dtype: torch.dtype, published: Mapping[str, Published] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The newest weights by name, in CPU memory: what actors are sent, or the given ones."""
         copy = {}
-        for name in self._names:
-            with self._open_newest([name]) as parameter:
+        published = self._published if published is None else published
+        for name in published:
+            with self._open(published, [name]) as parameter:
                 copy[name] = parameter(name).detach().to("cpu", dtype, copy=True)
         return copy
 

@@ -95,7 +95,9 @@ class Updater:
         self._algorithm = algorithm
         self._reference = reference
         self._layout = layout
-        self._pairs_per_step = learner.batch_size // int(config.placement.learners or 1)
+        ranks = int(config.placement.learners or 1)
+        self._pairs_per_step = learner.batch_size // ranks
+        self._new_pairs = config.rollout.prompts_per_step // ranks
         self._micro_batch_size = learner.micro_batch_size
         self.buffer = PairBuffer(learner.buffer_size // config.rollout.prompts_per_step, learner.buffer_clear_every)
 
@@ -130,17 +132,17 @@ class Updater:
         crossed = self._crossed(entries) if self._algorithm.needs.kl else (None, None)
         # Alike lengths side by side: little padding. The sum does not depend on the order.
         entries = sorted(entries, key=lambda entry: entry.pair.tokens.num_tokens)
-        for part in self._micro_batches(entries):
+        for part in self._micro_batches(entries, self._pairs_per_step):
             self._micro_step(part, total, crossed, step, stats)
         result = self._trainer.step()
         stats.lr = result.lr
         stats.num_steps += 1
         stats.grad_norm.add(result.grad_norm)
 
-    def _micro_batches(self, items: Sequence[Item]) -> list[Sequence[Item]]:
-        """As many on every rank, the last ones empty where a rank has fewer pairs."""
+    def _micro_batches(self, items: Sequence[Item], at_most: int) -> list[Sequence[Item]]:
+        """As many on every rank, where no rank has more than ``at_most``; the last ones empty where it has fewer."""
         size = self._micro_batch_size
-        return [items[start : start + size] for start in range(0, self._pairs_per_step, size)]
+        return [items[start : start + size] for start in range(0, at_most, size)]
 
     def _micro_step(
         self,
@@ -196,12 +198,13 @@ class Updater:
         start = time.perf_counter()
         new = [e for e in self.buffer if e.pair.is_trainable and e.reference_logprobs is None]
         new.sort(key=lambda entry: entry.pair.tokens.num_tokens)
-        for first in range(0, len(new), self._micro_batch_size):
-            part = new[first : first + self._micro_batch_size]
+        # As many passes on every rank, since the reference may be the policy's own base, in pieces on all of them.
+        for part in self._micro_batches(new, self._new_pairs):
+            rows = self._layout.rows([e.pair.tokens for e in part] or [_PLACEHOLDER])
             with torch.no_grad():
-                flat = self._reference(self._layout.rows([e.pair.tokens for e in part])).float().cpu().numpy()
+                flat = self._reference(rows).float().cpu().numpy()
             ends = np.cumsum([e.pair.tokens.num_response_tokens for e in part])
-            for entry, values in zip(part, np.split(flat, ends[:-1]), strict=True):
+            for entry, values in zip(part, np.split(flat, ends[:-1]) if part else (), strict=True):
                 entry.reference_logprobs = values
         stats.reference_s = time.perf_counter() - start
 
@@ -228,7 +231,7 @@ class Updater:
         ]
         policy: list[torch.Tensor] = []
         reference: list[torch.Tensor] = []
-        for part in self._micro_batches(crossed):
+        for part in self._micro_batches(crossed, self._pairs_per_step):
             batch = self._layout.rows(part or [_PLACEHOLDER])
             with torch.no_grad():
                 both = self._trainer.forward(batch), self._reference(batch)

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from oatlite.algorithms import build_algorithm  # noqa: E402
 from oatlite.config.algorithms import ALGORITHM_CONFIGS  # noqa: E402
 from oatlite.config.schema import Config  # noqa: E402
-from oatlite.models import PairModel, TokenPair  # noqa: E402
+from oatlite.lora import AdapterOptions, adapter_off, add_adapter, all_parameters, merged_parameters  # noqa: E402
+from oatlite.models import ForwardBatch, PairModel, TokenPair  # noqa: E402
 from oatlite.trainer import OptimizerOptions, Ranks, Trainer  # noqa: E402
 from oatlite.workers.buffer import TrainingPair  # noqa: E402
 from oatlite.workers.update import Layout, Updater  # noqa: E402
@@ -36,6 +37,10 @@ NUM_STEPS = 20
 PAIRS = 8
 LATEST_S = 600
 CPU = torch.device("cpu")
+
+LORA = {f"{name}, LoRA": name for name in ("simpo", "dpo")}
+NAMES = {name: name for name in ALGORITHM_CONFIGS} | LORA
+"""The algorithm of each trajectory. With LoRA, the reference is the policy with its adapter off."""
 
 WAYS: dict[int, dict[str, dict[str, int]]] = {
     1: {
@@ -83,7 +88,7 @@ def trajectory(name: str, way: dict[str, int], ranks: Ranks) -> dict[str, Any]:
             "rollout": {"prompts_per_step": PAIRS},
             "learner": learner,
             "placement": {"learners": ranks.count, "actors": ranks.count},
-            "algorithm": {"name": name},
+            "algorithm": {"name": NAMES[name]},
         }
     )
     options = OptimizerOptions(
@@ -101,16 +106,23 @@ def trajectory(name: str, way: dict[str, int], ranks: Ranks) -> dict[str, Any]:
         dtype="float32",
     )
     model = PairModel(network(seed=0))
-    names = [parameter for parameter, _ in model.named_parameters()]
+    if name in LORA:
+        add_adapter(model.model, AdapterOptions(rank=4, alpha=32), seed=0)
+    published = merged_parameters(model) if name in LORA else all_parameters(model)
     trainer = Trainer(model, options, ranks)
     # A reference near the policy, and not the policy itself, whose log-ratios would all begin at zero.
     reference = PairModel(network(seed=0)).requires_grad_(False)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    updater = Updater(
-        config, trainer, build_algorithm(config.algorithm), reference, Layout(name="shared", pad_token_id=2, device=CPU)
-    )
+
+    def base(batch: ForwardBatch) -> torch.Tensor:
+        with adapter_off(model):
+            return trainer.forward(batch)
+
+    layout = Layout(name="shared", pad_token_id=2, device=CPU)
+    scores = base if name in LORA else reference
+    updater = Updater(config, trainer, build_algorithm(config.algorithm), scores, layout)
     losses = []
     share = PAIRS // ranks.count
     for step in range(1, NUM_STEPS + 1):
@@ -118,18 +130,16 @@ def trajectory(name: str, way: dict[str, int], ranks: Ranks) -> dict[str, Any]:
         loss = updater.learn(mine, step).loss
         total, count = trainer.add_up([loss.sum, loss.count])
         losses.append(total / count)
-    with trainer.whole_parameters(names) as parameter:
-        weights = torch.cat([parameter(n).detach().double().flatten() for n in names])
+    sources = [source for one in published.values() for source in one.sources]
+    with trainer.whole_parameters(sources) as parameter, torch.no_grad():
+        weights = torch.cat([one.value(parameter).double().flatten() for one in published.values()])
     return {"losses": losses, "weights": weights.tolist()}
 
 
 def rank_main(rank: int, count: int, folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = Ranks(rank=rank, count=count, rendezvous=folder / "ranks", device=CPU, timeout_s=float(LATEST_S))
-    found = {
-        way: {name: trajectory(name, options, ranks) for name in ALGORITHM_CONFIGS}
-        for way, options in WAYS[count].items()
-    }
+    found = {way: {name: trajectory(name, options, ranks) for name in NAMES} for way, options in WAYS[count].items()}
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
 
@@ -170,30 +180,30 @@ def relative_distance(one: list[float], other: list[float]) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("name", ALGORITHM_CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_steps_again_are_the_same_bits(found: dict[str, Any], name: str) -> None:
     assert found["again"][name] == found["plain"][name]
 
 
 @pytest.mark.parametrize("way", [way for ways in WAYS.values() for way in ways if way not in ("plain", "again")])
-@pytest.mark.parametrize("name", ALGORITHM_CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_however_the_work_is_cut_up_it_comes_to_the_same(found: dict[str, Any], name: str, way: str) -> None:
     plain, other = found["plain"][name], found[way][name]
     assert other["losses"] == pytest.approx(plain["losses"], rel=1e-4, abs=1e-4)
     assert relative_distance(other["weights"], plain["weights"]) < 1e-3
 
 
-@pytest.mark.parametrize("name", ALGORITHM_CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_losses_are_those_on_record(found: dict[str, Any], name: str) -> None:
     """``python tests/golden/test_trajectories.py record`` writes them anew; other processors round otherwise."""
     golden = json.loads(GOLDEN.read_text())
-    assert list(golden) == list(ALGORITHM_CONFIGS)
+    assert list(golden) == list(NAMES)
     assert found["plain"][name]["losses"] == pytest.approx(golden[name], rel=1e-3, abs=1e-4)
 
 
 def test_the_algorithms_can_be_told_apart_and_learn(found: dict[str, Any]) -> None:
     finals = {name: tuple(round(weight, 4) for weight in t["weights"]) for name, t in found["plain"].items()}
-    assert len(set(finals.values())) == len(ALGORITHM_CONFIGS)
+    assert len(set(finals.values())) == len(NAMES)
     for name, t in found["plain"].items():
         assert np.mean(t["losses"][-4:]) < np.mean(t["losses"][:4]), name
 

@@ -25,6 +25,11 @@ TWO_RANKS = (
     *("--algo", "kto", "--actors", "2", "--learners", "2", "--micro-batch-size", "4", "--sync-every", "3"),
     *("--set", "learner.zero_stage=3", "--set", "learner.buffer_size=32", "--set", "learner.passes=2"),
 )
+# The adapter alone is saved and sent, and the reference is the policy's own base, in shards too.
+ADAPTER = (
+    *("--algo", "dpo", "--actors", "2", "--learners", "2", "--micro-batch-size", "4", "--lora-rank", "4"),
+    *("--set", "learner.zero_stage=3", "--set", "lora.sync=adapter"),
+)
 
 
 def wait_for_line(process: subprocess.Popen[str], words: str) -> str:
@@ -106,10 +111,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Path, killed: Path, 
     assert "is finished" in again.output
 
 
-def test_ranks_go_on_as_if_nothing_had_been(llama: Inputs, tmp_path: Path) -> None:
-    undisturbed = train(llama, tmp_path / "whole", *TWO_RANKS, *COMMON)
+@pytest.mark.parametrize("case", [TWO_RANKS, ADAPTER], ids=["two ranks", "adapter"])
+def test_ranks_go_on_as_if_nothing_had_been(case: tuple[str, ...], llama: Inputs, tmp_path: Path) -> None:
+    undisturbed = train(llama, tmp_path / "whole", *case, *COMMON)
     assert undisturbed.exit_code == 0, undisturbed.output
-    kill_in_step_5(tmp_path / "killed", llama, TWO_RANKS)
+    kill_in_step_5(tmp_path / "killed", llama, case)
     done = resume(tmp_path / "killed")
     assert done.exit_code == 0, done.output
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from one_actor import one_actor
 from runs import Inputs
 from small_folders import VOCAB_SIZE, save_model
 
+from oatlite.config.schema import LoraConfig
+from oatlite.lora import adapter_of, adapter_parameters, add_adapter, all_parameters, merged_parameters
 from oatlite.models import load_policy
 from oatlite.weights import plan_layout
 from oatlite.workers.rollout import SamplingOptions
@@ -39,15 +42,33 @@ def decided_tokens(model: torch.nn.Module, prompt: np.ndarray) -> list[int]:
     return tokens
 
 
+WEIGHTS = {"rank": 0}
+MERGED = {"rank": 4, "alpha": 16, "sync": "merged"}
+ADAPTER = MERGED | {"sync": "adapter"}
+
+
 @pytest.mark.parametrize(
-    ("family", "tied", "bucket_bytes"),
-    [("llama", True, 1 << 28), ("llama", False, 60_000), ("llama", True, 60_000), ("neox", False, 60_000)],
+    ("family", "tied", "bucket_bytes", "lora"),
+    [
+        ("llama", True, 1 << 28, WEIGHTS),
+        ("llama", False, 60_000, WEIGHTS),
+        ("llama", True, 60_000, WEIGHTS),
+        ("neox", False, 60_000, WEIGHTS),
+        ("neox", False, 60_000, MERGED),
+        ("llama", True, 2_000, ADAPTER),
+    ],
 )
 def test_greedy_tokens_equal_hugging_faces(
-    family: str, tied: bool, bucket_bytes: int, llama: Inputs, tmp_path: Path
+    family: str, tied: bool, bucket_bytes: int, lora: dict[str, Any], llama: Inputs, tmp_path: Path
 ) -> None:
     policy = Path(save_model(tmp_path / "policy", family, seed=5, tie_word_embeddings=tied, **SIZES))
     model = load_policy(str(policy), torch.float32).eval()
+    adapter = adapter_of(LoraConfig(**lora))
+    if adapter is not None:
+        add_adapter(model, adapter, seed=0)
+    published = {"merged": merged_parameters, "adapter": adapter_parameters}.get(lora.get("sync"), all_parameters)(
+        model
+    )
     rng = np.random.default_rng(0)
     # The last one fills a block of the engine's prefix cache, which must not outlive the weights that it was made with.
     sizes = [*rng.integers(4, 40, 12), LONG_PROMPT]
@@ -56,12 +77,13 @@ def test_greedy_tokens_equal_hugging_faces(
 
     @contextmanager
     def source(names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
-        yield model.get_parameter
+        with torch.no_grad():
+            yield lambda name: published[name].value(model.get_parameter)
 
     seen: list[list[list[int]]] = []
-    layout = plan_layout([(n, tuple(p.shape)) for n, p in model.named_parameters()], torch.float32, bucket_bytes)
+    layout = plan_layout([(name, one.shape) for name, one in published.items()], torch.float32, bucket_bytes)
     longest = LONG_PROMPT + MAX_NEW_TOKENS
-    with one_actor(policy, llama.reward_model, layout, VOCAB_SIZE, tmp_path, max_model_len=longest) as pool:
+    with one_actor(policy, llama.reward_model, layout, VOCAB_SIZE, tmp_path, max_model_len=longest, lora=lora) as pool:
         for version in range(4):
             checksums = pool.sync(version, source)
             assert len(set(checksums)) == len(checksums) == layout.num_buckets
@@ -74,6 +96,6 @@ def test_greedy_tokens_equal_hugging_faces(
             assert sum(map(len, expected)) > 50, "too little was decided to say anything"
             seen.append(tokens)
             with torch.no_grad():
-                for parameter in model.parameters():
+                for parameter in filter(lambda p: p.requires_grad, model.parameters()):
                     parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     assert all(one != other for one, other in itertools.pairwise(seen)), "the weights never changed"

@@ -25,6 +25,7 @@ from oatlite.models import (
 CPU = torch.device("cpu")
 PAD = 2
 FAMILIES = ["llama", "neox"]
+LAYOUTS = ["shared", "masked", "plain"]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6}  # Llama normalizes in float32 even then
 
 
@@ -55,6 +56,7 @@ def token_pair(generator, sizes):
 
 
 RAGGED = [(7, 3, 5), (1, 1, 1), (2, 6, 1), (12, 1, 4), (3, 4, 4)]
+LONG = [(9, 3, 5), (6, 1, 2), (7, 4, 4)]  # every row begins with six positions that need no mask
 
 
 def one_by_one(model, pairs):
@@ -92,16 +94,24 @@ def assert_close(actual, expected, tolerance):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("layout", ["shared", "plain"])
-def test_a_batch_gives_the_logprobs_and_gradients_of_one_response_at_a_time(family, dtype, layout):
-    model, pairs = language_model(family, dtype), random_pairs(RAGGED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", [RAGGED, LONG], ids=["ragged", "long"])
+def test_a_batch_gives_the_logprobs_and_gradients_of_one_response_at_a_time(family, dtype, layout, sizes):
+    model, pairs = language_model(family, dtype), random_pairs(sizes)
     expected = logprobs_and_gradients(model, one_by_one(model, pairs))
     actual = logprobs_and_gradients(model, PairModel(model)(lay_out(pairs, layout, PAD, CPU)))
     assert actual[0].dtype == dtype
     assert_close(actual, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("layout", ["shared", "plain"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_heads_that_share_keys_see_what_they_should(layout):
+    model, pairs = language_model("llama", torch.float64, num_key_value_heads=1), random_pairs(LONG)
+    expected = logprobs_and_gradients(model, one_by_one(model, pairs))
+    assert_close(logprobs_and_gradients(model, PairModel(model)(lay_out(pairs, layout, PAD, CPU))), expected, 1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_size_of_a_chunk_changes_nothing(monkeypatch, layout):
     model, pairs = language_model("llama", torch.float64), random_pairs(RAGGED)
     batch = lay_out(pairs, layout, PAD, CPU)
@@ -110,7 +120,7 @@ def test_the_size_of_a_chunk_changes_nothing(monkeypatch, layout):
     assert_close(logprobs_and_gradients(model, PairModel(model)(batch)), expected, 1e-12)
 
 
-@pytest.mark.parametrize("layout", ["shared", "plain"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_output_head_with_a_bias_keeps_it(layout):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -138,19 +148,19 @@ def test_padding_and_neighbours_change_nothing():
     model = PairModel(language_model("neox", torch.float64))
     pairs = random_pairs(RAGGED)
     with torch.no_grad():
-        for layout in ("shared", "plain"):
+        for layout in LAYOUTS:
             together = model(lay_out(pairs, layout, PAD, CPU))
             alone = torch.cat([model(lay_out([pair], layout, PAD + 1, CPU)) for pair in pairs])
             torch.testing.assert_close(together, alone, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("layout", ["shared", "plain"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_batch_says_which_token_belongs_to_which_response(layout):
     pairs = random_pairs(RAGGED)
     batch = lay_out(pairs, layout, PAD, CPU)
     responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
     assert batch.num_pairs == len(pairs)
-    assert batch.input_ids.shape[0] == (len(pairs) if layout == "shared" else len(responses))
+    assert batch.input_ids.shape[0] == (len(responses) if layout == "plain" else len(pairs))
     assert batch.segments.tolist() == [i for i, response in enumerate(responses) for _ in response]
     assert batch.targets.tolist() == np.concatenate(responses).tolist()
 
@@ -159,7 +169,7 @@ def test_a_response_without_a_token_has_no_logprobs():
     model = PairModel(language_model("llama", torch.float64))
     generator = np.random.default_rng(0)
     whole, cut_short = token_pair(generator, (4, 3, 2)), token_pair(generator, (4, 3, 0))
-    for layout in ("shared", "plain"):
+    for layout in LAYOUTS:
         batch = lay_out([cut_short, whole], layout, PAD, CPU)
         assert batch.segments.tolist() == [0, 0, 0, 2, 2, 2, 3, 3]
         with torch.no_grad():
@@ -219,6 +229,12 @@ def test_a_model_that_takes_the_mask_shares_prompts(family, dtype, initializer_r
     with caplog.at_level(logging.WARNING, logger=models.log.name):
         assert layout_of(language_model(family, initializer_range=initializer_range), dtype) == "shared"
     assert caplog.records == []
+
+
+def test_a_model_whose_attention_cannot_be_replaced_is_given_a_whole_mask():
+    model = language_model("llama")
+    model.set_attn_implementation("eager")
+    assert layout_of(model) == "masked"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
