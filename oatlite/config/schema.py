@@ -92,7 +92,7 @@ class OracleConfig(Section):
     max_tokens: PositiveInt = Field(
         1024, description="prompt and response (of pairrm: both) together; longer pairs carry no weight"
     )
-    batch_tokens: PositiveInt = Field(16384, description="padded tokens per oracle forward pass")
+    batch_tokens: PositiveInt = Field(8192, description="padded tokens per oracle forward pass")
     dtype: DTypeName = "auto"
     feedback: Literal["threshold", "bernoulli"] = Field(
         "threshold", description="the verdict is the likelier side, or drawn from the win probability"

@@ -64,7 +64,7 @@ class PairRMOracle(PreferenceOracle):
         path: str,
         *,
         max_tokens: int = 1024,
-        batch_tokens: int = 16384,
+        batch_tokens: int = 8192,
         dtype: str = "auto",
         device: str = "cpu",
     ) -> None:

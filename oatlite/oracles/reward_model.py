@@ -8,19 +8,22 @@ With a chat template, the template alone says how the text looks and where it en
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oatlite.continuations import join
 from oatlite.errors import ConfigError, OracleError
+from oatlite.models import LayoutName, TokenPair, lay_out
 from oatlite.oracles.base import Floats, RewardOracle
 from oatlite.oracles.loading import TRAIN_ONE, load_tokenizer, read_config, torch_dtype
 from oatlite.oracles.sequences import batches, longest_first, pad
+from oatlite.shared_attention import install
 from oatlite.sources import first_line
 
 HEAD = "ForSequenceClassification"
@@ -60,8 +63,53 @@ def pooled_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tens
     return head(hidden[rows, attention_mask.sum(dim=1) - 1])[:, 0]
 
 
+class PrefixScores(nn.Module):
+    """Rewards of pairs of sequences that begin alike, each pair in one row that has its beginning once.
+
+    For a decoder with a head called ``score``; the layouts are those of :func:`oatlite.models.lay_out`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.takes_prompt_masks = install(model.base_model)
+
+    def forward(self, pairs: Sequence[TokenPair], layout: LayoutName) -> Tensor:
+        """Rewards (2 * B,): of the first sequence of each of B pairs and of its second, which may have no token of
+        its own and then means nothing."""
+        device = self.model.score.weight.device
+        batch = lay_out(pairs, layout, 0, device)
+        mask = batch.attention_mask.to(self.model.dtype) if layout != "plain" else batch.attention_mask
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        rows, ends = [], []
+        for r, pair in enumerate(pairs):
+            start, first, second = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+            rows += [r, r] if layout != "plain" else [2 * r, 2 * r + 1]
+            ends += [start + first - 1, start + second - 1 + (first if layout != "plain" else 0)]
+        return self.model.score(hidden[rows, ends])[:, 0]
+
+    @torch.inference_mode()
+    def layout(self, longest: int) -> LayoutName:
+        """The fastest one by which the model gives the rewards of plain sequences of up to ``longest`` tokens."""
+        rng = np.random.default_rng(0)
+        sizes = [(n // 2, max(1, n // 4), max(1, n // 3)) for n in (min(longest, 16), longest)]
+        tokens = [[rng.integers(0, self.model.config.vocab_size, n).astype(np.int32) for n in each] for each in sizes]
+        pairs = [TokenPair(prompt=prompt, chosen=one, rejected=other) for prompt, one, other in tokens]
+        expected = self(pairs, "plain").float()
+        tolerance = 1e-4 if self.model.dtype == torch.float32 else 0.05
+        for name in ("shared", "masked") if self.takes_prompt_masks else ("masked",):
+            with contextlib.suppress(RuntimeError, ValueError, TypeError):
+                if torch.allclose(self(pairs, name).float(), expected, atol=tolerance, rtol=tolerance):
+                    return name
+        return "plain"
+
+
 class RewardModelOracle(RewardOracle):
     """Scores in batches of at most ``batch_tokens`` padded tokens, the longest sequences first.
+
+    Where the model allows it, what the responses to one prompt have in common is computed once for two of them.
 
     ``max_tokens`` (or the model's own limit, if that is lower) counts prompt, response and EOS: what is longer gets
     NaN. ``dtype`` "auto" is bfloat16 on a GPU and float32 on a CPU. ``chat_template`` wraps prompt and response in
@@ -76,7 +124,7 @@ class RewardModelOracle(RewardOracle):
         *,
         chat_template: bool = False,
         max_tokens: int = 1024,
-        batch_tokens: int = 16384,
+        batch_tokens: int = 8192,
         dtype: str = "auto",
         device: str = "cpu",
         trust_remote_code: bool = False,
@@ -95,6 +143,12 @@ class RewardModelOracle(RewardOracle):
             )
         model = _load_model(path, torch_dtype(dtype, self.device), trust_remote_code=trust_remote_code)
         self.model = model.to(self.device)
+        self._prefix_scores: PrefixScores | None = None
+        self._layout: LayoutName = "plain"
+        if hasattr(self.model, "score"):
+            prefix_scores = PrefixScores(self.model)
+            self._layout = prefix_scores.layout(self.max_tokens)
+            self._prefix_scores = None if self._layout == "plain" else prefix_scores
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str] | None = None
@@ -103,11 +157,16 @@ class RewardModelOracle(RewardOracle):
         del references  # a reward model reads the response alone
         sequences = self.encode(prompts, responses)
         scores = np.full(len(sequences), np.nan, np.float32)
-        lengths = [len(sequence) for sequence in sequences]
-        order = [i for i in longest_first(lengths) if 0 < lengths[i] <= self.max_tokens]
-        for batch in batches(order, lengths, self.batch_tokens):
-            scores[batch] = self._forward([sequences[i] for i in batch])
-            if not np.isfinite(scores[batch]).all():
+        fitting = [i for i, sequence in enumerate(sequences) if 0 < len(sequence) <= self.max_tokens]
+        groups = [[i] for i in fitting] if self._prefix_scores is None else _in_pairs(prompts, fitting)
+        pairs = [_with_prefix([sequences[i] for i in group]) for group in groups]
+        lengths = [pair.num_tokens for pair in pairs]
+        for batch in batches(longest_first(lengths), lengths, self.batch_tokens):
+            found = self._forward([pairs[b] for b in batch])
+            for b, values in zip(batch, found, strict=True):
+                scores[groups[b]] = values[: len(groups[b])]
+            members = [i for b in batch for i in groups[b]]
+            if not np.isfinite(scores[members]).all():
                 raise OracleError(
                     f"the reward model {self.path} gave scores that are not finite", "try oracle.dtype = float32"
                 )
@@ -133,10 +192,34 @@ class RewardModelOracle(RewardOracle):
         return self._ids(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
     @torch.inference_mode()
-    def _forward(self, sequences: Sequence[Sequence[int]]) -> Floats:
-        input_ids, mask = pad(sequences)
-        scores = pooled_scores(self.model, input_ids.to(self.device), mask.to(self.device))
+    def _forward(self, pairs: Sequence[TokenPair]) -> Floats:
+        """Rewards (B, 2); where a pair has one sequence, the second column means nothing."""
+        if self._prefix_scores is not None:
+            scores = self._prefix_scores(pairs, self._layout).view(-1, 2)
+        else:
+            input_ids, mask = pad([[*pair.prompt.tolist(), *pair.chosen.tolist()] for pair in pairs])
+            one = pooled_scores(self.model, input_ids.to(self.device), mask.to(self.device))
+            scores = torch.stack([one, one], dim=1)
         return scores.float().cpu().numpy()
+
+
+def _in_pairs(prompts: Sequence[str], members: Sequence[int]) -> list[list[int]]:
+    """``members`` by prompt, two at a time."""
+    by_prompt: dict[str, list[int]] = {}
+    for i in members:
+        by_prompt.setdefault(prompts[i], []).append(i)
+    return [found[n : n + 2] for found in by_prompt.values() for n in range(0, len(found), 2)]
+
+
+def _with_prefix(sequences: Sequence[Sequence[int]]) -> TokenPair:
+    """One or two sequences as what they have in common, and what each has of its own, which is one token at least."""
+    first, second = np.asarray(sequences[0], np.int32), np.asarray(sequences[-1], np.int32)
+    if len(sequences) == 1:
+        return TokenPair(prompt=first[:-1], chosen=first[-1:], rejected=first[:0])
+    shortest = min(len(first), len(second)) - 1
+    differs = np.flatnonzero(first[:shortest] != second[:shortest])
+    length = int(differs[0]) if len(differs) else shortest
+    return TokenPair(prompt=first[:length], chosen=first[length:], rejected=second[length:])
 
 
 def _messages(prompt: str) -> list[dict[str, str]]:

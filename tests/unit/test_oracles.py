@@ -146,6 +146,37 @@ def test_a_score_is_the_one_that_training_sees(tmp_path, family):
         assert oracle.score([prompt], [response])[0] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "neox"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_responses_that_share_a_prompt_score_as_each_does_alone(tmp_path, family, attention):
+    path = save_model(tmp_path / "rm", family, reward=True, initializer_range=0.5)
+    oracle = RewardModelOracle(path)
+    if attention == "eager":
+        oracle.model.set_attn_implementation("eager")
+        oracle._prefix_scores.takes_prompt_masks = False
+        oracle._layout = oracle._prefix_scores.layout(oracle.max_tokens)
+    assert oracle._layout == {"sdpa": "shared", "eager": "masked"}[attention]
+    prompts = [*["say: "] * 5, "x", "a rather long prompt that stands alone: "]
+    responses = ["yes", "yes", "yes and no", "", "quite another one", "z", "w"]
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor([ids])).logits.item() for ids in oracle.encode(prompts, responses)]
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(oracle.score(prompts, responses), expected, atol=1e-4)
+
+
+def test_a_model_that_takes_no_such_mask_scores_one_response_at_a_time(tmp_path):
+    path = save_model(tmp_path / "rm", reward=True)
+    oracle = RewardModelOracle(path)
+    forward = oracle.model.base_model.forward
+
+    def fake_that_ignores_masks(*arguments, attention_mask, **more):
+        return forward(*arguments, attention_mask=attention_mask if attention_mask.ndim == 2 else None, **more)
+
+    oracle.model.base_model.forward = fake_that_ignores_masks
+    assert oracle._prefix_scores.layout(oracle.max_tokens) == "plain"
+
+
 def test_encoding_is_the_trainers(tmp_path):
     from oatlite.continuations import encode
 
@@ -164,11 +195,17 @@ def test_small_batches_give_the_same_scores_and_stay_within_their_tokens(tmp_pat
     small = RewardModelOracle(path, batch_tokens=100)
     shapes = []
     forward = small._forward
-    monkeypatch.setattr(small, "_forward", lambda s: (shapes.append((len(s), max(map(len, s)))), forward(s))[1])
+
+    def noted(pairs):
+        responses = sum(1 + (len(pair.rejected) > 0) for pair in pairs)
+        shapes.append((responses, len(pairs), max(pair.num_tokens for pair in pairs)))
+        return forward(pairs)
+
+    monkeypatch.setattr(small, "_forward", noted)
     np.testing.assert_allclose(small.score(prompts, responses), large, atol=1e-5)
-    assert sum(rows for rows, _ in shapes) == 23
-    assert len(shapes) < 23
-    assert all(rows * longest <= 100 for rows, longest in shapes)
+    assert sum(responses for responses, _, _ in shapes) == 23
+    assert 23 > sum(rows for _, rows, _ in shapes) > len(shapes)
+    assert all(rows * longest <= 100 for _, rows, longest in shapes)
 
 
 def test_what_is_too_long_gets_no_score_and_no_verdict(tmp_path):
