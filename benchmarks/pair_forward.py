@@ -33,7 +33,11 @@ SLOW_GFLOPS = 10.0
 CPU = torch.device("cpu")
 WAYS = ("plain", "apart", "shared")
 # Hidden size, intermediate size, layers, vocabulary, and pairs of one forward pass.
-SHAPES = {"5M": (256, 1024, 4, 4096, 8), "116M": (768, 2048, 12, 32000, 2)}
+SHAPES = {
+    "5M": (256, 1024, 4, 4096, 8),
+    "20M": (512, 1536, 6, 4096, 4),
+    "116M": (768, 2048, 12, 32000, 2),
+}
 
 
 def network(name: str) -> PairModel:

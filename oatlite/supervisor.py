@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -16,18 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from oatlite.checkpoint import Checkpoint, unfinished
-from oatlite.config.dump import dump_toml
 from oatlite.config.placement import Place, places, starts_after
-from oatlite.config.resolve import DEFAULT_NAME
 from oatlite.config.schema import Config
 from oatlite.errors import (
     BY_EXIT_CODE,
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
-    ConfigError,
     DeadlineExceeded,
     OatliteError,
     WorkerDied,
@@ -37,7 +30,8 @@ from oatlite.launcher import LocalLauncher, Worker
 from oatlite.messages import Failure, Message, Record, Stage
 from oatlite.metrics.console import Console, open_console
 from oatlite.preflight import Plan, check
-from oatlite.resuming import how_to_go_on, require_same_run, shortest_path
+from oatlite.resuming import how_to_go_on, require_same_run
+from oatlite.run_folder import create_run_dir, held, summary
 from oatlite.transport import Hub, address
 from oatlite.workers.spec import CONTROL_SOCKET, STOP_SIGNAL, WorkerSpec
 
@@ -45,7 +39,6 @@ POLL_S = 0.2
 MAX_ACTOR_RESTARTS = 3
 STACK_DUMP_S = 2.0
 ACTOR_EXIT_S = 30.0
-OFFLINE_SYNC_EVERY = 100_000
 SEGMENT_PREFIX = "oatlite-"
 
 
@@ -84,13 +77,13 @@ def train(config: Config, checkpoint: Checkpoint | None = None) -> int:
     effective = _with_demo(config)
     plan = check(effective)
     if checkpoint is None:
-        run_dir = _create_run_dir(config)
+        run_dir = create_run_dir(config)
     else:
         run_dir = checkpoint.folder.parents[1].resolve()
         require_same_run(checkpoint, effective, plan.fingerprints)
     title = f"{run_dir.name}  {config.algorithm.name}  {config.model.path}"
     with (
-        _held(run_dir),
+        held(run_dir),
         LocalLauncher(SEGMENT_PREFIX) as launcher,
         open_console(config.run.ui, title=title, total_steps=plan.total_steps) as console,
     ):
@@ -106,7 +99,7 @@ def train(config: Config, checkpoint: Checkpoint | None = None) -> int:
         except OatliteError as error:
             error.fix = "; ".join(part for part in (error.fix, how_to_go_on(run_dir)) if part)
             raise
-        console.close(_summary(config, plan, run_dir, time.monotonic() - started))
+        console.close(summary(config, plan, run_dir, time.monotonic() - started))
     return 0
 
 
@@ -129,55 +122,9 @@ def _with_demo(config: Config) -> Config:
     return Config.model_validate(values)
 
 
-def _create_run_dir(config: Config) -> Path:
-    """Claim the run's folder; of runs that start at the same moment under a default name, each gets one of its own."""
-    assert config.run.name is not None
-    run_dir = Path(config.run.dir) / config.run.name
-    try:
-        for candidate in (run_dir, *(run_dir.with_name(f"{run_dir.name}-{n}") for n in range(2, 100))):
-            with contextlib.suppress(FileExistsError):
-                (candidate / "logs").mkdir(parents=True)
-                (candidate / "config.toml").write_text(dump_toml(config), encoding="utf-8")
-                return candidate.resolve()
-            if not DEFAULT_NAME.fullmatch(run_dir.name):
-                break
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write the run folder {run_dir}: {error.strerror}", "give another --run-dir"
-        ) from None
-    raise ConfigError(f"the run folder {run_dir} is in use", "type another --name")
-
-
-@contextmanager
-def _held(run_dir: Path) -> Iterator[None]:
-    """Keep every other supervisor out of the run's folder; the lock ends with this process, however that ends."""
-    with (run_dir / "config.toml").open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"the run {run_dir} is still going on", "stop it first, or name another run") from None
-        yield
-
-
 def _note_dropped(console: Console, plan: Plan) -> None:
     if plan.num_dropped:
         console.note(f"{plan.num_dropped} prompts were empty or too long and are left out")
-
-
-def _summary(config: Config, plan: Plan, run_dir: Path, seconds: float) -> dict[str, Any]:
-    config_file = shlex.quote(shortest_path(run_dir / "config.toml"))
-    return {
-        "kind": "summary",
-        "steps": plan.total_steps,
-        "queries": plan.num_queries,
-        "seconds": seconds,
-        "run_dir": str(run_dir),
-        "model": str(run_dir / "model"),
-        "next": [
-            f"oatlite train --config {config_file} --seed {config.run.seed + 1}",
-            f"oatlite train --config {config_file} --sync-every {OFFLINE_SYNC_EVERY}  # the offline baseline",
-        ],
-    }
 
 
 class Supervisor:

@@ -58,17 +58,13 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     ranks = _ranks(spec, device)
     lifeline.stage("starting", "model")
     algorithm = build_algorithm(config.algorithm)
-    policy = PairModel(_load(config, config.model.path))
-    adapter = adapter_of(config.lora)
-    if adapter is not None:
-        add_adapter(policy.model, adapter, config.run.seed)
+    policy, published = _load_policy(spec)
     tokenizer = load_tokenizer(str(config.model.path), config.model.trust_remote_code)
     longest = (spec.max_model_len - config.sampling.max_new_tokens, config.sampling.max_new_tokens)
     layout = choose_layout(policy.to(device), len(tokenizer), int(tokenizer.pad_token_id), device, longest=longest)
     if config.learner.gradient_checkpointing:
         checkpoint_gradients(policy.model)
-    whole = all_parameters(policy.model) if adapter is None else merged_parameters(policy.model)
-    sent = adapter_parameters(policy.model) if config.lora.sync == "adapter" else whole
+    sent = published[config.lora.sync]
     dtype = DTYPES[config.model.dtype]
     lifeline.stage("starting", "ranks")
     join_ranks(ranks)
@@ -128,18 +124,33 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     pool.stop()
     if is_complete:
         with lifeline.doing("saving", "model"):
-            weights = policies.copy_to_host(dtype, whole)
-            matrices = policies.copy_to_host(dtype, adapter_parameters(policy.model)) if adapter is not None else {}
-            if journal is not None:
-                with complete_or_absent(spec.run_dir / "model") as folder:
-                    save_policy(policy.model, weights, str(config.model.path), folder)
-            if journal is not None and adapter is not None:
-                with complete_or_absent(spec.run_dir / "adapter") as folder:
-                    write_adapter(folder, matrices, adapter, base=str(config.model.path))
+            _save(spec, policy, {way: policies.copy_to_host(dtype, tensors) for way, tensors in published.items()})
     if journal is not None:
         journal.close()
     pool.close()
     trainer.close()
+
+
+def _load_policy(spec: WorkerSpec) -> tuple[PairModel, dict[str, dict[str, Published]]]:
+    """The policy, with its adapter if it has one, and what can be sent of it by the ways of ``lora.sync``."""
+    policy = PairModel(_load(spec.config, spec.config.model.path))
+    adapter = adapter_of(spec.config.lora)
+    if adapter is None:
+        return policy, {"merged": all_parameters(policy.model)}
+    add_adapter(policy.model, adapter, spec.config.run.seed)
+    return policy, {"merged": merged_parameters(policy.model), "adapter": adapter_parameters(policy.model)}
+
+
+def _save(spec: WorkerSpec, policy: PairModel, weights: Mapping[str, dict[str, torch.Tensor]]) -> None:
+    """Leave the last policy behind, by the first rank: as a model, and its adapter alone if it has one."""
+    if spec.index != 0:
+        return
+    base, adapter = str(spec.config.model.path), adapter_of(spec.config.lora)
+    with complete_or_absent(spec.run_dir / "model") as folder:
+        save_policy(policy.model, weights["merged"], base, folder)
+    if adapter is not None:
+        with complete_or_absent(spec.run_dir / "adapter") as folder:
+            write_adapter(folder, weights["adapter"], adapter, base=base)
 
 
 def _ranks(spec: WorkerSpec, device: torch.device) -> Ranks:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oatlite.config.load import load_config, resolve
 from oatlite.errors import ConfigError
-from oatlite.supervisor import _create_run_dir
+from oatlite.run_folder import create_run_dir
 
 EXAMPLE = Path(__file__).parents[1] / "unit" / "example_algorithm.py"
 
@@ -38,12 +38,12 @@ def test_a_run_ends_well_and_leaves_what_it_should(one_by_one: Run) -> None:
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path: Path) -> None:
     config = resolve(load_config(preset="demo", flags={"run.dir": str(tmp_path)}, num_gpus=0), 0)
-    first, second = (_create_run_dir(config) for _ in range(2))
+    first, second = (create_run_dir(config) for _ in range(2))
     assert second.name == f"{first.name}-2"
     named = config.model_copy(update={"run": config.run.model_copy(update={"name": "mine"})})
-    _create_run_dir(named)
+    create_run_dir(named)
     with pytest.raises(ConfigError, match="in use"):
-        _create_run_dir(named)
+        create_run_dir(named)
 
 
 def test_samples_and_evaluations_are_saved_whole(one_by_one: Run) -> None:

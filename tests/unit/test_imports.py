@@ -47,6 +47,7 @@ MAY_LOAD: dict[str, frozenset[str]] = {
     "oatlite.resuming": frozenset(),
     "oatlite.reward_loss": HUGGING_FACE,
     "oatlite.reward_modeling": HUGGING_FACE,
+    "oatlite.run_folder": frozenset(),
     "oatlite.shared_attention": TORCH,
     "oatlite.sources": frozenset(),
     "oatlite.supervised": HUGGING_FACE,

@@ -1,0 +1,67 @@
+"""The folder of a run: claimed once, held by one supervisor at a time, and what is said of it at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from oatlite.config.dump import dump_toml
+from oatlite.config.resolve import DEFAULT_NAME
+from oatlite.config.schema import Config
+from oatlite.errors import ConfigError
+from oatlite.preflight import Plan
+from oatlite.resuming import shortest_path
+
+OFFLINE_SYNC_EVERY = 100_000
+
+
+def create_run_dir(config: Config) -> Path:
+    """Claim the run's folder; of runs that start at the same moment under a default name, each gets one of its own."""
+    assert config.run.name is not None
+    run_dir = Path(config.run.dir) / config.run.name
+    try:
+        for candidate in (run_dir, *(run_dir.with_name(f"{run_dir.name}-{n}") for n in range(2, 100))):
+            with contextlib.suppress(FileExistsError):
+                (candidate / "logs").mkdir(parents=True)
+                (candidate / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+                return candidate.resolve()
+            if not DEFAULT_NAME.fullmatch(run_dir.name):
+                break
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the run folder {run_dir}: {error.strerror}", "give another --run-dir"
+        ) from None
+    raise ConfigError(f"the run folder {run_dir} is in use", "type another --name")
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keep every other supervisor out of the run's folder; the lock ends with this process, however that ends."""
+    with (run_dir / "config.toml").open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"the run {run_dir} is still going on", "stop it first, or name another run") from None
+        yield
+
+
+def summary(config: Config, plan: Plan, run_dir: Path, seconds: float) -> dict[str, Any]:
+    """The record that closes a run, with the commands that may come next."""
+    config_file = shlex.quote(shortest_path(run_dir / "config.toml"))
+    return {
+        "kind": "summary",
+        "steps": plan.total_steps,
+        "queries": plan.num_queries,
+        "seconds": seconds,
+        "run_dir": str(run_dir),
+        "model": str(run_dir / "model"),
+        "next": [
+            f"oatlite train --config {config_file} --seed {config.run.seed + 1}",
+            f"oatlite train --config {config_file} --sync-every {OFFLINE_SYNC_EVERY}  # the offline baseline",
+        ],
+    }
