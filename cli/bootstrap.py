@@ -159,7 +159,11 @@ def hand_over(command: str, arguments: Sequence[str]) -> NoReturn:
         program = [str(VENV / "bin" / "oatlite"), command, *arguments]
     path = os.pathsep.join([str(VENV / "bin"), os.environ.get("PATH", os.defpath)])
     sys.stdout.flush()
-    os.execve(program[0], program, {**os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV)})
+    environment = {**os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV)}
+    found = read_stamp(STAMP)
+    if found is not None and found.accelerator == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # or a GPU that is there would be planned with
+    os.execve(program[0], program, environment)
 
 
 def set_up(accelerator: str | None, *, is_dev: bool) -> None:

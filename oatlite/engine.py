@@ -116,7 +116,8 @@ class Engine:
         try:
             self._llm = LLM(**arguments)
         except (ValueError, NotImplementedError) as error:
-            raise ConfigError(f"vLLM does not take the model {options.path}: {error}") from error
+            fix = "if it is the adapter that it does not take: --set lora.sync=merged" if options.adapter else ""
+            raise ConfigError(f"vLLM does not take the model {options.path}: {error}", fix) from error
         self._options = options
         self._arriving: dict[str, torch.Tensor] = {}
         self._lora_request: Any = None

@@ -72,24 +72,35 @@ def _same(name: str) -> Callable[[Callable[[str], torch.Tensor]], torch.Tensor]:
 def add_adapter(model: nn.Module, options: AdapterOptions, seed: int) -> None:
     """Freeze ``model`` and put an adapter into it that changes nothing yet; its random half is drawn from ``seed``.
 
-    Raises ConfigError for targets that the model does not have.
+    Raises ConfigError for targets that are not there, or are no linear layers, or the output head.
     """
     import peft
+    from transformers.pytorch_utils import Conv1D
 
     config = peft.LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         target_modules=list(options.targets) or _ALL_LINEAR,
     )
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    fix = f"name some of {', '.join(sorted(linear))}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             peft.inject_adapter_in_model(config, model, adapter_name=_NAME)
         except ValueError as error:
-            linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise ConfigError(f"lora.targets: {str(error).splitlines()[0]}", fix) from error
+    head = model.get_output_embeddings()  # type: ignore[operator]  # which is another, if it was a target
+    for name, layer in _adapted(model):
+        if layer is head or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
             raise ConfigError(
-                f"lora.targets: {str(error).splitlines()[0]}", f"this model has {', '.join(linear)}"
-            ) from error
+                f"lora.targets names {name.rpartition('.')[2]}, which is no linear layer within the network", fix
+            )
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -99,7 +110,10 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def merged_parameters(model: nn.Module) -> dict[str, Published]:
-    """Every parameter of the base, those of the targets with the adapter added, in float32, under the base's names."""
+    """Every parameter of the base, those of the targets with the adapter added in float32, under the base's names.
+
+    Where they are sent in bfloat16, what the adapter adds is rounded together with the weight.
+    """
     found = all_parameters(model)
     for name, layer in _adapted(model):
         for key in [key for key in found if key.startswith(f"{name}.lora_")]:
@@ -111,9 +125,12 @@ def merged_parameters(model: nn.Module) -> dict[str, Published]:
 
 
 def _merged(weight: str, layer: Any) -> Callable[[Callable[[str], torch.Tensor]], torch.Tensor]:
-    # The layer reads its own two matrices, which are whole where the caller has gathered the sources.
+    name = weight.removesuffix(".base_layer.weight")
+
     def value(parameter: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        return parameter(weight).float() + layer.get_delta_weight(_NAME).float()
+        down, up = (parameter(f"{name}.lora_{side}.{_NAME}.weight").float() for side in "AB")
+        change = up @ down * layer.scaling[_NAME]
+        return parameter(weight).float() + (change.T if layer.fan_in_fan_out else change)
 
     return value
 

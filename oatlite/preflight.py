@@ -53,12 +53,12 @@ def check(config: Config) -> Plan:
     Reads configurations, tokenizers and prompts, and no weights. Raises ConfigError, in one line, for the first thing
     that cannot work.
     """
+    _check_engine(config)  # which asks no hub for anything
     policy, tokenizer = _check_policy(config)
     limit = _max_positions(policy)
     if config.model.reference is not None and config.model.reference != config.model.path:
         reference = _check_reference(config, policy, tokenizer)
         limit = min(limit, _max_positions(reference))
-    _check_engine(config)
     _check_oracle(config)
     if isinstance(config.algorithm, CustomAlgorithmConfig):
         from oatlite.algorithms import build_algorithm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -27,7 +27,8 @@ def fields_of(section: str, algorithm: str = DEFAULT_ALGORITHM) -> dict[str, Fie
 
 
 def types_of(field: FieldInfo) -> tuple[Any, ...]:
-    return get_args(field.annotation) or (field.annotation,)
+    is_list = get_origin(field.annotation) is tuple
+    return (field.annotation,) if is_list else get_args(field.annotation) or (field.annotation,)
 
 
 def check_key(key: str, source: str, algorithm: str) -> None:

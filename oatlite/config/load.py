@@ -28,7 +28,7 @@ from oatlite.config.keys import (
     unknown_key,
     unknown_section,
 )
-from oatlite.config.resolve import num_steps, resolve
+from oatlite.config.resolve import DEMO, num_steps, resolve
 from oatlite.config.schema import Config
 from oatlite.errors import ConfigError
 from oatlite.hardware import gpu_names
@@ -66,6 +66,9 @@ def load_config(
         layers.append(_read_file(Path(file), str(file)))
     layers.append(_command_line(flags or {}, sets))
     merged = _merge(layers)
+    if preset == DEMO:
+        available = len(gpu_names()) if num_gpus is None else num_gpus
+        merged = _merge([_one_gpu(available), *layers])
     if preset is None and not any(key in merged and merged[key].value for key in ("model.path", "data.prompts")):
         merged = _merge([*_default_preset(num_gpus, merged), *layers])
     _check_algorithm(merged)
@@ -94,10 +97,15 @@ def _default_preset(num_gpus: int | None, asked: Layer) -> list[Layer]:
     available = len(gpu_names()) if num_gpus is None else num_gpus
     wanted = asked["placement.gpus"].value if "placement.gpus" in asked else available
     if not available or wanted == 0:
-        return [_read_preset("demo"), {"placement.gpus": Given(0, "preset demo on this machine")}]
+        return [_read_preset(DEMO), _one_gpu(0)]
     preset = _read_preset("tldr")
     gpus = min(preset["placement.gpus"].value, available)
     return [preset, {"placement.gpus": Given(gpus, "preset tldr on this machine")}]
+
+
+def _one_gpu(available: int) -> Layer:
+    """The demo's networks are too small to gain from more."""
+    return {"placement.gpus": Given(min(1, available), "preset demo on this machine")}
 
 
 def _read_file(path: Path, source: str) -> Layer:

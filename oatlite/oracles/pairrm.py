@@ -46,7 +46,8 @@ class PairRM(DebertaV2PreTrainedModel):  # type: ignore[misc]  # transformers ty
         """Logits (B,) that candidate 1 is better; ``prefixes`` (B, 3) are the positions of the three prefix tokens."""
         hidden = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         rows = torch.arange(len(input_ids), device=hidden.device)
-        source, first, second = (hidden[rows, prefixes[:, i]] for i in range(3))
+        # In float32, head included: a difference of two numbers in bfloat16 would tie what is close.
+        source, first, second = (hidden[rows, prefixes[:, i]].float() for i in range(3))
         left, right = (self.head_layer(torch.cat([source, candidate], dim=-1)) for candidate in (first, second))
         return (left - right).mean(dim=-1)
 
@@ -80,6 +81,7 @@ class PairRMOracle(PreferenceOracle):
         if info["missing_keys"]:
             raise ConfigError(f"the weights of {path} lack {', '.join(sorted(info['missing_keys'])[:3])}", FIX)
         self.model = model.eval().requires_grad_(False).to(self.device)
+        self.model.head_layer.float()
         self._prefix_ids = [getattr(model.config, name) for name in PAIRRM_PREFIXES]
         self._prefixes = [self.tokenizer.convert_ids_to_tokens(token) for token in self._prefix_ids]
         for token, text in zip(self._prefix_ids, self._prefixes, strict=True):

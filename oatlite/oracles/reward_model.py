@@ -8,8 +8,8 @@ With a chat template, the template alone says how the text looks and where it en
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +25,8 @@ from oatlite.oracles.loading import TRAIN_ONE, load_tokenizer, read_config, torc
 from oatlite.oracles.sequences import batches, longest_first, pad
 from oatlite.shared_attention import install
 from oatlite.sources import first_line
+
+log = logging.getLogger(__name__)
 
 HEAD = "ForSequenceClassification"
 
@@ -94,15 +96,24 @@ class PrefixScores(nn.Module):
     def layout(self, longest: int) -> LayoutName:
         """The fastest one by which the model gives the rewards of plain sequences of up to ``longest`` tokens."""
         rng = np.random.default_rng(0)
+        vocab_size = self.model.config.get_text_config().vocab_size
         sizes = [(n // 2, max(1, n // 4), max(1, n // 3)) for n in (min(longest, 16), longest)]
-        tokens = [[rng.integers(0, self.model.config.vocab_size, n).astype(np.int32) for n in each] for each in sizes]
+        tokens = [[rng.integers(0, vocab_size, n).astype(np.int32) for n in each] for each in sizes]
         pairs = [TokenPair(prompt=prompt, chosen=one, rejected=other) for prompt, one, other in tokens]
-        expected = self(pairs, "plain").float()
         tolerance = 1e-4 if self.model.dtype == torch.float32 else 0.05
-        for name in ("shared", "masked") if self.takes_prompt_masks else ("masked",):
-            with contextlib.suppress(RuntimeError, ValueError, TypeError):
-                if torch.allclose(self(pairs, name).float(), expected, atol=tolerance, rtol=tolerance):
+        why = ""
+        try:
+            expected = self(pairs, "plain").float()
+            for name in ("shared", "masked") if self.takes_prompt_masks else ("masked",):
+                found = self(pairs, name).float()
+                if torch.allclose(found, expected, atol=tolerance, rtol=tolerance):
                     return name
+                why = f"rewards differ by {float((found - expected).abs().max()):.2g}"
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            why = first_line(error)
+        log.warning("%s takes no shared prompts (%s); each response is scored alone", type(self.model).__name__, why)
         return "plain"
 
 

@@ -124,7 +124,12 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     pool.stop()
     if is_complete:
         with lifeline.doing("saving", "model"):
-            _save(spec, policy, {way: policies.copy_to_host(dtype, tensors) for way, tensors in published.items()})
+            is_kept = spec.index == 0
+            _save(
+                spec,
+                policy,
+                {way: policies.copy_to_host(dtype, one, is_kept=is_kept) for way, one in published.items()},
+            )
     if journal is not None:
         journal.close()
     pool.close()

@@ -69,13 +69,20 @@ class PolicyWeights:
         self.behaviour = _opener(copy)
 
     def copy_to_host(
-        self, dtype: torch.dtype, published: Mapping[str, Published] | None = None
+        self, dtype: torch.dtype, published: Mapping[str, Published] | None = None, *, is_kept: bool = True
     ) -> dict[str, torch.Tensor]:
-        """The newest weights by name, in CPU memory: what actors are sent, or the given ones."""
-        copy = {}
+        """The newest weights by name, in CPU memory: what actors are sent, or the given ones.
+
+        A rank that does not keep them takes part all the same where ranks must gather them together.
+        """
+        copy: dict[str, torch.Tensor] = {}
         published = self._published if published is None else published
+        if not is_kept and not self._trainer.gathers_weights:
+            return copy
         for name in published:
             with self._open(published, [name]) as parameter:
+                if not is_kept:
+                    continue
                 copy[name] = parameter(name).detach().to("cpu", dtype, copy=True)
         return copy
 

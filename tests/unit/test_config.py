@@ -50,6 +50,23 @@ def test_every_shipped_preset_loads() -> None:
     assert num_steps(resolved(2, preset="tldr")) == 50000 // 128
 
 
+def test_a_list_can_be_given_on_the_command_line() -> None:
+    given = resolved(flags={"lora.rank": 4}, sets=['lora.targets=["q_proj", "v_proj"]'])
+    assert given.lora.targets == ("q_proj", "v_proj")
+
+
+def test_the_demo_asked_for_by_name_takes_one_gpu_unless_told_otherwise() -> None:
+    for there in (0, 1, 2, 3, 8):
+        assert resolved(there, preset="demo").placement.gpus == min(1, there)
+    assert resolved(4, preset="demo", flags={"placement.gpus": 4}).placement.gpus == 4
+
+
+def test_an_adapter_counts_twice_unless_told_otherwise() -> None:
+    assert resolved(flags={"lora.rank": 8}).lora.alpha == 16
+    assert resolved(flags={"lora.rank": 8, "lora.alpha": 5}).lora.alpha == 5
+    assert resolved().lora.alpha is None
+
+
 def test_no_task_given_means_the_demo_on_the_cpu_and_tldr_on_gpus() -> None:
     assert resolved(0).model.path == "demo"
     assert resolved(0).placement.gpus == 0
@@ -64,13 +81,13 @@ def test_no_task_given_means_the_demo_on_the_cpu_and_tldr_on_gpus() -> None:
 
 def test_weights_go_by_cuda_ipc_where_every_actor_is_on_its_learners_gpu() -> None:
     def transport(num_gpus: int, **placement: int) -> str:
-        flags = {f"placement.{key}": value for key, value in placement.items()}
+        flags = {f"placement.{key}": value for key, value in ({"gpus": num_gpus} | placement).items()}
         return resolved(num_gpus, preset="demo", flags=flags | {"learner.micro_batch_size": 4}).sync.transport
 
     assert transport(0) == "shm"
     assert transport(1) == transport(2) == "cuda_ipc"
     assert transport(2, actors=1, learners=1) == transport(2, actors=2, learners=1) == "shm"
-    split = {"placement.actors": 1, "placement.learners": 1, "sync.transport": "cuda_ipc"}
+    split = {"placement.gpus": 2, "placement.actors": 1, "placement.learners": 1, "sync.transport": "cuda_ipc"}
     assert "GPUs of their own" in refused(2, preset="demo", flags=split)
 
 
@@ -230,6 +247,9 @@ def test_resolving_twice_changes_nothing() -> None:
         (0, {"placement.gpus": 2}, ["has none", "--gpus 0"]),
         (1, {"placement.gpus": 2}, ["has 1", "--gpus 1"]),
         (0, {"placement.learners": 2, "placement.actors": 1}, ["--actors 2", "--learners 1"]),
+        (0, {"lora.sync": "adapter"}, ["there is none", "--lora-rank 16"]),
+        (0, {"lora.targets": ["q_proj"]}, ["there is none", "--lora-rank 16"]),
+        (0, {"lora.rank": 1024, "lora.sync": "adapter"}, ["up to rank 512", "--lora-rank 512", "lora.sync=merged"]),
         (2, {"placement.learners": 4}, ["do not fit on 2 GPUs", "--learners 2"]),
         (0, {"placement.learners": 3}, ["--prompts-per-step 63", "--prompts-per-step 66"]),
         (0, {"placement.actors": 3}, ["--prompts-per-step 63", "--prompts-per-step 66"]),
@@ -240,8 +260,8 @@ def test_resolving_twice_changes_nothing() -> None:
         (0, {"learner.batch_size": 128}, ["--batch-size 64", "--prompts-per-step 128"]),
     ],
 )
-def test_numbers_that_cannot_work_say_which_would(num_gpus: int, flags: dict[str, int], words: list[str]) -> None:
-    line = refused(num_gpus, preset="demo", flags=flags)
+def test_numbers_that_cannot_work_say_which_would(num_gpus: int, flags: dict[str, Any], words: list[str]) -> None:
+    line = refused(num_gpus, preset="demo", flags={"placement.gpus": num_gpus} | flags)
     for word in words:
         assert word in line
 
@@ -321,7 +341,8 @@ def test_toml_has_no_form_for_an_object() -> None:
 
 def test_places_share_gpus_unless_there_are_enough() -> None:
     def gpus_of(num_gpus: int, **flags: int) -> list[tuple[str, int | None, int]]:
-        config = resolved(num_gpus, preset="demo", flags={f"placement.{key}": value for key, value in flags.items()})
+        given = {f"placement.{key}": value for key, value in ({"gpus": num_gpus} | flags).items()}
+        config = resolved(num_gpus, preset="demo", flags=given)
         return [(place.name, place.gpu, place.serves) for place in places(config, range(8))]
 
     assert gpus_of(0) == [("learner 0", None, 0), ("actor 0", None, 0)]

@@ -132,7 +132,25 @@ def test_the_merged_policy_is_saved_as_a_plain_one(tmp_path):
     torch.testing.assert_close(logits(again.eval()), logits(model.eval()), rtol=1e-5, atol=1e-5)
 
 
-def test_a_target_that_is_not_there_is_one_line_with_those_that_are():
-    with pytest.raises(ConfigError, match="down_proj, gate_proj, k_proj, lm_head, o_proj") as caught:
-        add_adapter(network("llama"), AdapterOptions(rank=4, alpha=8, targets=("query",)), 0)
+def test_in_bfloat16_the_adapter_is_added_before_anything_is_rounded():
+    model = adapted("llama").to(torch.bfloat16)
+    name = "model.layers.0.mlp.up_proj"
+    parameters = dict(model.named_parameters())
+    down, up = (parameters[f"{name}.lora_{side}.default.weight"].double() for side in "AB")
+    expected = parameters[f"{name}.base_layer.weight"].double() + 3.0 * (up @ down)
+    found = values(model, merged_parameters(model))[f"{name}.weight"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("target", ["query", "lm_head", "embed_tokens"])
+def test_a_target_that_cannot_be_is_one_line_with_those_that_can(target, tied):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of("llama", tie_word_embeddings=tied))
+    with pytest.raises(ConfigError, match=target) as caught:
+        add_adapter(
+            model, AdapterOptions(rank=4, alpha=8, targets=("q_proj", target) if target != "query" else (target,)), 0
+        )
     assert "\n" not in str(caught.value)
+    assert "name some of down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(caught.value)

@@ -165,7 +165,7 @@ def test_responses_that_share_a_prompt_score_as_each_does_alone(tmp_path, family
     np.testing.assert_allclose(oracle.score(prompts, responses), expected, atol=1e-4)
 
 
-def test_a_model_that_takes_no_such_mask_scores_one_response_at_a_time(tmp_path):
+def test_a_model_that_takes_no_such_mask_scores_one_response_at_a_time(tmp_path, caplog):
     path = save_model(tmp_path / "rm", reward=True)
     oracle = RewardModelOracle(path)
     forward = oracle.model.base_model.forward
@@ -175,6 +175,7 @@ def test_a_model_that_takes_no_such_mask_scores_one_response_at_a_time(tmp_path)
 
     oracle.model.base_model.forward = fake_that_ignores_masks
     assert oracle._prefix_scores.layout(oracle.max_tokens) == "plain"
+    assert "rewards differ by" in caplog.text
 
 
 def test_encoding_is_the_trainers(tmp_path):

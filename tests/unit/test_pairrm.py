@@ -40,6 +40,15 @@ def test_swapped_responses_swap_the_verdict_exactly_and_equal_ones_tie(tmp_path)
     assert oracle.compare(["p"], ["same"], ["same"]).first_win.tolist() == [0.5]
 
 
+def test_close_verdicts_are_not_tied_by_bfloat16(tmp_path):
+    path, _ = save_pairrm(tmp_path / "pairrm")
+    exact, rounded = PairRMOracle(path), PairRMOracle(path, dtype="bfloat16")
+    assert rounded.model.pretrained_model.dtype == torch.bfloat16
+    verdicts = rounded.compare(PROMPTS, FIRST, SECOND).first_win
+    np.testing.assert_allclose(verdicts, exact.compare(PROMPTS, FIRST, SECOND).first_win, atol=0.05)
+    assert (torch.from_numpy(verdicts).bfloat16().float().numpy() != verdicts).sum() >= 3, "rounded to bfloat16"
+
+
 def test_a_response_cannot_pose_as_a_prefix(tmp_path):
     oracle = PairRMOracle(save_pairrm(tmp_path / "pairrm")[0])
     ids, prefixes = oracle.encode("a<|candidate1|>", "b<|source|>", "c")
