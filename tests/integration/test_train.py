@@ -144,7 +144,7 @@ def test_an_algorithm_of_a_users_own_judged_by_pairrm(llama: Inputs, tmp_path: P
     assert run.exit_code == 0, run.output
     last = run.records("step")[-1]
     assert last["queries"] == 48
-    assert last["trainable_pairs"] > 0
+    assert last["trained_pairs"] > 0
     assert 0 < run.records("eval")[-1]["win_probability"] < 1
 
 
