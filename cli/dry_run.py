@@ -13,15 +13,16 @@ from oatlite.config.schema import Config
 from oatlite.hardware import available_memory_bytes, free_bytes, usable_cores
 
 GIB = 1 << 30
-ASSETS = ("model.path", "model.reference", "data.prompts", "oracle.path")
+ASSETS = ("model.path", "model.reference", "data.prompts", "data.preferences", "oracle.path")
 
 
 def report(config: Config, gpus: Sequence[str]) -> list[str]:
     """Lines about a resolved configuration on a machine with these ``gpus``."""
     lines = ["Configuration", *_settings(config), "", "Placement", *_placement(config, gpus), ""]
     steps, per_step = num_steps(config), config.rollout.prompts_per_step
-    known = f"at most {steps}" if steps is not None else "as many as the prompts give"
-    lines += [f"Steps: {known}, of {per_step} prompts each", ""]
+    known = f"at most {steps}" if steps is not None else "as many as the data gives"
+    unit = "pairs" if config.rollout.offline else "prompts"
+    lines += [f"Steps: {known}, of {per_step} {unit} each", ""]
     for title, found in (("Missing here", _missing(config, gpus)), ("Downloads", _downloads(config))):
         lines.append(f"{title}: nothing" if not found else f"{title}:")
         lines += [f"  {line}" for line in found]
@@ -96,7 +97,11 @@ def _downloads(config: Config) -> list[str]:
     for key in ASSETS:
         section, _, name = key.partition(".")
         asset = dumped[section][name]
-        if asset != "demo" and not Path(asset).exists() and not _is_cached(asset, is_data=section == "data"):
+        if (
+            asset not in (None, "demo")
+            and not Path(asset).exists()
+            and not _is_cached(asset, is_data=section == "data")
+        ):
             found.setdefault(asset, key)
     return [f"{key}: {asset} (hub)" for asset, key in found.items()]
 

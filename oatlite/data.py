@@ -18,7 +18,17 @@ from oatlite.config.schema import DataConfig
 from oatlite.errors import ConfigError
 from oatlite.sources import find_local, first_line, load_rows
 
-__all__ = ["PromptSet", "epoch_order", "load_prompts", "load_rows", "load_tokenizer"]
+__all__ = [
+    "PromptSet",
+    "epoch_order",
+    "fixed_order",
+    "is_conversation",
+    "load_prompts",
+    "load_rows",
+    "load_tokenizer",
+    "raw_text",
+    "render",
+]
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -99,10 +109,10 @@ def load_prompts(
         raise ConfigError("data.prompts names no prompts", "type --prompts with a file, a folder or a dataset id")
     read = functools.partial(_Reader, data=data, tokenizer=tokenizer, max_prompt_tokens=max_prompt_tokens)
     source = read(rows=load_rows(data.prompts, data.split), split=data.split)
-    order = _fixed_order(source)
+    order = fixed_order(len(source.rows))
     if data.eval_split is not None and data.eval_split != data.split and eval_prompts:
         eval_source = read(rows=load_rows(data.prompts, data.eval_split), split=data.eval_split)
-        held_out, _ = eval_source.take(_fixed_order(eval_source), eval_prompts, is_held_out=True)
+        held_out, _ = eval_source.take(fixed_order(len(eval_source.rows)), eval_prompts, is_held_out=True)
         training, _ = source.take(order, data.max_prompts)
     else:
         held_out, num_read = source.take(order, eval_prompts, is_held_out=True)
@@ -120,8 +130,24 @@ def _room(max_prompt_tokens: int) -> str:
     return f"prompts must have 1 to {max_prompt_tokens} tokens: raise data.max_prompt_tokens"
 
 
-def _fixed_order(source: _Reader) -> npt.NDArray[np.int64]:
-    return np.random.default_rng(ORDER_SEED).permutation(len(source.rows))
+def fixed_order(num_rows: int) -> npt.NDArray[np.int64]:
+    """The order in which the rows of a split are read: the same for every run, whatever its seed."""
+    return np.random.default_rng(ORDER_SEED).permutation(num_rows)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str, *, awaits_answer: bool
+) -> str:
+    """A conversation as text by the tokenizer's chat template, up to where the assistant answers if it ``awaits`` one.
+
+    Raises ConfigError, which names ``where`` the conversation is from, if the template refuses it.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError("data.chat_template is set, and the policy's tokenizer has none", "set it to false")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=awaits_answer))
+    except Exception as error:  # a template is a program, and raises what its author liked
+        raise ConfigError(f"{where}: the chat template refuses it: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +188,7 @@ class _Reader:
                     num_dropped += 1
                 elif text not in leave_out:
                     texts.append(text)
-                    raw_texts.append(prompt if isinstance(prompt, str) else _raw_text(prompt))
+                    raw_texts.append(prompt if isinstance(prompt, str) else raw_text(prompt))
                     tokens.append(np.asarray(ids, np.int32))
                     kept.append(int(row))
         prompt_set = PromptSet(
@@ -185,21 +211,16 @@ class _Reader:
         if not self.data.chat_template:
             if isinstance(prompt, str):
                 return prompt
-            fix = "set data.chat_template = true" if _is_conversation(prompt) else "name a column of text"
+            fix = "set data.chat_template = true" if is_conversation(prompt) else "name a column of text"
             raise ConfigError(f"{where}: {self.data.prompt_key} is {type(prompt).__name__}, not text", fix)
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise ConfigError("data.chat_template is set, and the policy's tokenizer has none", "set it to false")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not _is_conversation(messages):
+        if not is_conversation(messages):
             raise ConfigError(
                 f"{where}: {self.data.prompt_key} is neither text nor a list of messages with role, content"
             )
         if messages[-1]["role"] == "assistant":
             raise ConfigError(f"{where}: the conversation ends with the assistant", "name a column without answers")
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a template is a program, and raises what its author liked
-            raise ConfigError(f"{where}: the chat template refuses it: {first_line(error)}") from error
+        return render(self.tokenizer, messages, where, awaits_answer=True)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # A templated text brings its special tokens along; adding them again would give two BOS.
@@ -231,7 +252,8 @@ class _Reader:
         return ConfigError(f"{self.data.prompts} has no column {key}", f"set {option} to one of: {columns}")
 
 
-def _is_conversation(value: Any) -> bool:
+def is_conversation(value: Any) -> bool:
+    """Whether ``value`` is a list of messages with role and content."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -241,13 +263,14 @@ def _is_conversation(value: Any) -> bool:
     )
 
 
-def _raw_text(messages: list[dict[str, str]]) -> str:
+def raw_text(messages: list[dict[str, str]]) -> str:
+    """A conversation without a template: the text of its one message, or the messages as JSON."""
     if len(messages) == 1:
         return messages[0]["content"]
     return json.dumps([{"role": m["role"], "content": m["content"]} for m in messages], ensure_ascii=False)
 
 
 def _answer(value: Any) -> str | None:
-    if _is_conversation(value) and value[-1]["role"] == "assistant":
+    if is_conversation(value) and value[-1]["role"] == "assistant":
         value = value[-1]["content"]
     return value if isinstance(value, str) else None

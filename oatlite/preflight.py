@@ -16,7 +16,7 @@ from safetensors import safe_open
 from oatlite.config.algorithms import CustomAlgorithmConfig
 from oatlite.config.flags import to_type
 from oatlite.config.schema import Config
-from oatlite.data import PromptSet, load_prompts, load_tokenizer
+from oatlite.data import load_prompts, load_tokenizer
 from oatlite.errors import ConfigError
 from oatlite.loading import load_callable
 from oatlite.sources import find_local, first_line
@@ -31,19 +31,20 @@ WEIGHTS = ("*.safetensors", "*.bin")
 class Plan:
     """What a run will do.
 
-    ``num_prompts`` training prompts are left after ``num_dropped`` rows that were empty or too long (the held-out
-    ones counted in); ``num_queries`` is what the oracle will be asked at most, one query a prompt. The last step of
-    a run that ``data.max_queries`` ends may be a part of one. ``longest_prompt`` is in tokens, held-out ones included.
-    ``fingerprints`` tell whether a run that resumes finds the model, the tokenizer and the prompts that it had.
+    ``num_prompts`` training prompts (offline: pairs) are left after ``num_dropped`` rows that were empty or too long
+    (the held-out ones counted in); ``num_queries`` is what the oracle will be asked at most, one query a prompt. The
+    last step of a run that ``data.max_queries`` ends may be a part of one. ``longest_prompt`` is in tokens, held-out
+    ones included, and ``longest_response`` what a response may have. ``fingerprints`` tell whether a run that resumes
+    finds the model, the tokenizer and the prompts that it had.
     """
 
     num_prompts: int
     num_dropped: int
     num_heldout: int
-    steps_per_epoch: int
     total_steps: int
     num_queries: int
     longest_prompt: int
+    longest_response: int
     fingerprints: dict[str, str]
 
 
@@ -53,19 +54,25 @@ def check(config: Config) -> Plan:
     Reads configurations, tokenizers and prompts, and no weights. Raises ConfigError, in one line, for the first thing
     that cannot work.
     """
-    _check_engine(config)  # which asks no hub for anything
+    if not config.rollout.offline:
+        _check_engine(config)  # which asks no hub for anything
     policy, tokenizer = _check_policy(config)
     limit = _max_positions(policy)
     if config.model.reference is not None and config.model.reference != config.model.path:
         reference = _check_reference(config, policy, tokenizer)
         limit = min(limit, _max_positions(reference))
-    _check_oracle(config)
-    if isinstance(config.algorithm, CustomAlgorithmConfig):
-        from oatlite.algorithms import build_algorithm
-
-        build_algorithm(config.algorithm)
+    if not config.rollout.offline:
+        _check_oracle(config)
+    if config.rollout.offline or isinstance(config.algorithm, CustomAlgorithmConfig):
+        _check_algorithm(config)
     if config.eval.gold_score is not None:
         _check_gold_score(config.eval.gold_score)
+    fingerprints = {
+        "model": _digest(_architecture(policy)),
+        "tokenizer": _digest(sorted(tokenizer.get_vocab().items())),
+    }
+    if config.rollout.offline:
+        return _offline_plan(config, tokenizer, limit, fingerprints)
     if config.eval.prompts and config.data.reference_key is None:
         raise ConfigError(
             "evaluation compares with the dataset's answers, and data.reference_key names none",
@@ -75,13 +82,56 @@ def check(config: Config) -> Plan:
         config.data, config.eval.prompts, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
     )
     longest = max(len(tokens) for tokens in [*training.tokens, *held_out.tokens])
-    _check_lengths(config, longest, limit)
-    fingerprints = {
-        "model": _digest(_architecture(policy)),
-        "tokenizer": _digest(sorted(tokenizer.get_vocab().items())),
-        "prompts": _digest([tokens.tolist() for tokens in training.tokens]),
-    }
-    return _plan(config, training, held_out, longest, fingerprints)
+    _check_lengths(config, longest, config.sampling.max_new_tokens, limit, "sampling.max_new_tokens")
+    fingerprints["prompts"] = _digest([tokens.tolist() for tokens in training.tokens])
+    num_steps = _num_steps(config, len(training), len(held_out), "prompts")
+    total_steps, num_queries = num_steps, num_steps * config.rollout.prompts_per_step
+    if config.data.max_queries is not None:
+        total_steps = min(total_steps, -(-config.data.max_queries // config.rollout.prompts_per_step))
+        num_queries = min(num_queries, config.data.max_queries)
+    return Plan(
+        num_prompts=len(training),
+        num_dropped=training.num_dropped + held_out.num_dropped,
+        num_heldout=len(held_out),
+        total_steps=total_steps,
+        num_queries=num_queries,
+        longest_prompt=longest,
+        longest_response=config.sampling.max_new_tokens,
+        fingerprints=fingerprints,
+    )
+
+
+def _offline_plan(
+    config: Config, tokenizer: PreTrainedTokenizerBase, limit: float, fingerprints: dict[str, str]
+) -> Plan:
+    from oatlite.preferences import load_preferences
+
+    training, held_out = load_preferences(config.data, config.eval.prompts, tokenizer)
+    longest_prompt = max(training.longest_prompt, held_out.longest_prompt)
+    longest_response = max(training.longest_response, held_out.longest_response)
+    _check_lengths(config, longest_prompt, longest_response, limit, "data.max_response_tokens")
+    tokens = (training.prompt_tokens, training.chosen_tokens, training.rejected_tokens)
+    return Plan(
+        num_prompts=len(training),
+        num_dropped=training.num_dropped + held_out.num_dropped,
+        num_heldout=len(held_out),
+        total_steps=_num_steps(config, len(training), len(held_out), "pairs"),
+        num_queries=0,
+        longest_prompt=longest_prompt,
+        longest_response=longest_response,
+        fingerprints=fingerprints | {"prompts": _digest([[ids.tolist() for ids in part] for part in tokens])},
+    )
+
+
+def _check_algorithm(config: Config) -> None:
+    from oatlite.algorithms import build_algorithm
+
+    algorithm = build_algorithm(config.algorithm)
+    if config.rollout.offline and algorithm.needs.margins and config.data.margin_key is None:
+        raise ConfigError(
+            f"--algo {config.algorithm.name} learns from reward margins, which without an oracle the data must bring",
+            f"type {to_type('data.margin_key', 'COLUMN')}, or another --algo",
+        )
 
 
 def _architecture(model: PretrainedConfig) -> dict[str, object]:
@@ -228,51 +278,38 @@ def _check_gold_score(name: str) -> None:
         raise ConfigError(f"eval.gold_score {name} does not take (prompt, response): {first_line(error)}") from error
 
 
-def _check_lengths(config: Config, longest: int, limit: float) -> None:
-    new_tokens = config.sampling.max_new_tokens
+def _check_lengths(config: Config, longest: int, new_tokens: int, limit: float, option: str) -> None:
+    """That prompt and response fit the model together; ``option`` bounds the response."""
     if longest + new_tokens <= limit:
         return
     fixes = []
     if longest < limit:
-        fixes.append(to_type("sampling.max_new_tokens", int(limit - longest)))
+        fixes.append(to_type(option, int(limit - longest)))
     if new_tokens < limit:
         fixes.append(to_type("data.max_prompt_tokens", int(limit - new_tokens)))
+    response = f"an answer of {new_tokens}" if config.rollout.offline else f"{new_tokens} new ones"
     raise ConfigError(
-        f"a prompt of {longest} tokens and {new_tokens} new ones do not fit in the {limit:.0f} positions of the model",
-        f"type {' or '.join(fixes) or to_type('sampling.max_new_tokens', int(limit) // 2)}",
+        f"a prompt of {longest} tokens and {response} do not fit in the {limit:.0f} positions of the model",
+        f"type {' or '.join(fixes) or to_type(option, int(limit) // 2)}",
     )
 
 
-def _fewer_prompts(config: Config, num_prompts: int) -> str:
+def _fewer_prompts(config: Config, num_prompts: int, what: str) -> str:
     """What to type where a step takes more prompts than there are."""
     unit = config.learner.micro_batch_size * int(config.placement.learners or 1)
     if num_prompts >= unit:
-        return f"type {to_type('rollout.prompts_per_step', num_prompts // unit * unit)}, or bring more prompts"
+        return f"type {to_type('rollout.prompts_per_step', num_prompts // unit * unit)}, or bring more {what}"
     both = to_type("rollout.prompts_per_step", num_prompts), to_type("learner.micro_batch_size", 1)
-    return f"type {' '.join(both)}, or bring more prompts"
+    return f"type {' '.join(both)}, or bring more {what}"
 
 
-def _plan(config: Config, training: PromptSet, held_out: PromptSet, longest: int, fingerprints: dict[str, str]) -> Plan:
-    a_step, num_prompts = config.rollout.prompts_per_step, len(training)
-    if num_prompts < a_step:
-        held = f", {len(held_out)} being held out" if config.data.eval_split is None and len(held_out) else ""
+def _num_steps(config: Config, num_rows: int, num_held_out: int, what: str) -> int:
+    """Steps of all epochs over ``num_rows`` prompts or pairs, which must be enough for one."""
+    a_step = config.rollout.prompts_per_step
+    if num_rows < a_step:
+        held = f", {num_held_out} being held out" if config.data.eval_split is None and num_held_out else ""
         raise ConfigError(
-            f"there are {num_prompts} prompts to train on{held}, and a step takes {a_step}",
-            _fewer_prompts(config, num_prompts),
+            f"there are {num_rows} {what} to train on{held}, and a step takes {a_step}",
+            _fewer_prompts(config, num_rows, what),
         )
-    steps_per_epoch = num_prompts // a_step
-    total_steps = config.data.epochs * steps_per_epoch
-    num_queries = total_steps * a_step
-    if config.data.max_queries is not None:
-        total_steps = min(total_steps, -(-config.data.max_queries // a_step))
-        num_queries = min(num_queries, config.data.max_queries)
-    return Plan(
-        num_prompts=num_prompts,
-        num_dropped=training.num_dropped + held_out.num_dropped,
-        num_heldout=len(held_out),
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        num_queries=num_queries,
-        longest_prompt=longest,
-        fingerprints=fingerprints,
-    )
+    return config.data.epochs * (num_rows // a_step)

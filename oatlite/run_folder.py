@@ -53,15 +53,17 @@ def held(run_dir: Path) -> Iterator[None]:
 def summary(config: Config, plan: Plan, run_dir: Path, seconds: float) -> dict[str, Any]:
     """The record that closes a run, with the commands that may come next."""
     config_file = shlex.quote(shortest_path(run_dir / "config.toml"))
+    following = [f"oatlite train --config {config_file} --seed {config.run.seed + 1}"]
+    if not config.rollout.offline:
+        following.append(
+            f"oatlite train --config {config_file} --sync-every {OFFLINE_SYNC_EVERY}  # the offline baseline"
+        )
     return {
         "kind": "summary",
         "steps": plan.total_steps,
-        "queries": plan.num_queries,
+        "queries": None if config.rollout.offline else plan.num_queries,
         "seconds": seconds,
         "run_dir": str(run_dir),
         "model": str(run_dir / "model"),
-        "next": [
-            f"oatlite train --config {config_file} --seed {config.run.seed + 1}",
-            f"oatlite train --config {config_file} --sync-every {OFFLINE_SYNC_EVERY}  # the offline baseline",
-        ],
+        "next": following,
     }

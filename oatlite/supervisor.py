@@ -87,7 +87,8 @@ def train(config: Config, checkpoint: Checkpoint | None = None) -> int:
         LocalLauncher(SEGMENT_PREFIX) as launcher,
         open_console(config.run.ui, title=title, total_steps=plan.total_steps) as console,
     ):
-        _note_dropped(console, plan)
+        if plan.num_dropped:
+            console.note(_dropped(config, plan.num_dropped))
         if checkpoint is not None:
             for path in unfinished(checkpoint.folder.parent):
                 console.note(f"{path.name} was not complete when its run ended, and is skipped")
@@ -122,9 +123,10 @@ def _with_demo(config: Config) -> Config:
     return Config.model_validate(values)
 
 
-def _note_dropped(console: Console, plan: Plan) -> None:
-    if plan.num_dropped:
-        console.note(f"{plan.num_dropped} prompts were empty or too long and are left out")
+def _dropped(config: Config, num: int) -> str:
+    if config.rollout.offline:
+        return f"{num} pairs had something empty or too long, or two equal answers, and are left out"
+    return f"{num} prompts were empty or too long and are left out"
 
 
 class Supervisor:
@@ -187,7 +189,8 @@ class Supervisor:
             private_dir=self._launcher.private_dir,
             device="cpu" if place.gpu is None else "cuda",
             threads=len(place.cores),
-            max_model_len=self._plan.longest_prompt + self._config.sampling.max_new_tokens,
+            longest_prompt=self._plan.longest_prompt,
+            longest_response=self._plan.longest_response,
             num_steps=self._plan.total_steps,
             fingerprints=self._plan.fingerprints,
             resume_from=self._resume_from,

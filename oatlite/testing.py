@@ -3,7 +3,8 @@
 They are small but not hollow: :class:`BigramPolicy` is a real language model with exact log-probabilities,
 :class:`InMemoryActors` samples from a copy of it that only a sync refreshes, and :class:`InMemoryTrainer` really
 descends. So a loss with a wrong sign, a selection that is never used or weights that never arrive show up as a reward
-that does not rise. :func:`rehearse` runs the loop of :mod:`oatlite.workers.learner` over them.
+that does not rise. :func:`rehearse` runs the loop of :mod:`oatlite.workers.learner` over them, and
+:func:`rehearse_offline` the same on recorded pairs.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from oatlite.messages import Int32, UInt64
 from oatlite.metrics.records import Kind, Record, make_record
 from oatlite.models import ForwardBatch
 from oatlite.oracles.base import PreferenceOracle, RewardOracle, Verdicts, checked
+from oatlite.preferences import PreferenceSet
 from oatlite.trainer import StepResult
 from oatlite.workers.contracts import Share
 from oatlite.workers.evaluation import Judge
 from oatlite.workers.experience import Experience
 from oatlite.workers.learner import Learner
+from oatlite.workers.offline import HeldOutPairs, RecordedExperience
 from oatlite.workers.rollout import ParameterSource, SamplingOptions
 from oatlite.workers.update import Layout, Updater
 
@@ -243,25 +246,10 @@ def rehearse(
 
     ``settings`` are configuration sections on top of the arguments.
     """
-    sections: dict[str, dict[str, Any]] = {
-        "run": {"seed": seed},
-        "rollout": {"prompts_per_step": prompts_per_step, "sync_every": sync_every},
-        "learner": {"micro_batch_size": prompts_per_step, "lr": lr},
-        "sampling": {"max_new_tokens": 8, "temperature": 1.0},
-        "eval": {"every": max(1, steps // 2)},
-    }
-    for section, values in (settings or {}).items():
-        sections[section] = sections.get(section, {}) | values
-    learner = sections["learner"]
-    learner.setdefault("batch_size", sections["rollout"]["prompts_per_step"])
-    learner.setdefault("buffer_size", sections["rollout"]["prompts_per_step"])
-    config = Config.model_validate(sections)
-    policy, initial = BigramPolicy(seed), BigramPolicy(seed).requires_grad_(False)
-    trainer = InMemoryTrainer(policy, lr, keeps_behaviour=sync_every > 1)
+    config = _config(steps, prompts_per_step, lr, seed, {"rollout": {"sync_every": sync_every}}, settings or {})
+    policy, trainer, updater = _learning_half(config, algorithm, keeps_behaviour=sync_every > 1)
     actors = InMemoryActors(oracle or FunctionOracle(score), policy)
     share, silent, journal = Share(rank=0, count=1), _Silent(), InMemoryJournal()
-    scores = initial if algorithm.needs.reference or config.learner.log_kl else None
-    updater = Updater(config, trainer, algorithm, scores, Layout(name="shared", pad_token_id=EOS, device=CPU))
     Learner(
         config=config,
         num_steps=steps,
@@ -276,3 +264,69 @@ def rehearse(
         measure=dict,
     ).run()
     return Rehearsal(journal=journal, policy=policy, calls=actors.calls)
+
+
+def rehearse_offline(
+    algorithm: Algorithm,
+    preferences: PreferenceSet,
+    held_out: PreferenceSet,
+    *,
+    steps: int = 20,
+    pairs_per_step: int = 32,
+    lr: float = 0.1,
+    seed: int = 0,
+    settings: dict[str, dict[str, Any]] | None = None,
+) -> Rehearsal:
+    """Run the learner's real loop on recorded pairs, whose tokens are indices into ``LETTERS``, without actors."""
+    config = _config(steps, pairs_per_step, lr, seed, {"rollout": {"offline": True}}, settings or {})
+    policy, trainer, updater = _learning_half(config, algorithm, keeps_behaviour=False)
+    share, journal = Share(rank=0, count=1), InMemoryJournal()
+    Learner(
+        config=config,
+        num_steps=steps,
+        experience=RecordedExperience(config, share, preferences),
+        judge=HeldOutPairs(share, held_out, updater),
+        actors=None,
+        updater=updater,
+        ranks=trainer,
+        policies=trainer,
+        journal=journal,
+        shows=_Silent(),
+        measure=dict,
+    ).run()
+    return Rehearsal(journal=journal, policy=policy, calls=[])
+
+
+def _config(
+    steps: int,
+    per_step: int,
+    lr: float,
+    seed: int,
+    more: dict[str, dict[str, Any]],
+    settings: dict[str, dict[str, Any]],
+) -> Config:
+    sections: dict[str, dict[str, Any]] = {
+        "run": {"seed": seed},
+        "rollout": {"prompts_per_step": per_step},
+        "learner": {"micro_batch_size": per_step, "lr": lr},
+        "sampling": {"max_new_tokens": 8, "temperature": 1.0},
+        "eval": {"every": max(1, steps // 2)},
+    }
+    for given in (more, settings):
+        for section, values in given.items():
+            sections[section] = sections.get(section, {}) | values
+    learner = sections["learner"]
+    learner.setdefault("batch_size", sections["rollout"]["prompts_per_step"])
+    learner.setdefault("buffer_size", sections["rollout"]["prompts_per_step"])
+    return Config.model_validate(sections)
+
+
+def _learning_half(
+    config: Config, algorithm: Algorithm, *, keeps_behaviour: bool
+) -> tuple[BigramPolicy, InMemoryTrainer, Updater]:
+    seed = config.run.seed
+    policy, initial = BigramPolicy(seed), BigramPolicy(seed).requires_grad_(False)
+    trainer = InMemoryTrainer(policy, config.learner.lr, keeps_behaviour=keeps_behaviour)
+    scores = initial if algorithm.needs.reference or config.learner.log_kl else None
+    layout = Layout(name="shared", pad_token_id=EOS, device=CPU)
+    return policy, trainer, Updater(config, trainer, algorithm, scores, layout)

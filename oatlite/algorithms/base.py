@@ -23,11 +23,13 @@ class Needs:
 
     ``reference``: those of the reference policy. ``tokens``: those of single tokens, and the policy's entropies there.
     ``kl``: both policies' log-probabilities of responses to other prompts, at the price of one more forward pass each.
+    ``margins``: rewards, or of an oracle that only compares its log-odds; a run without an oracle must bring them.
     """
 
     reference: bool = False
     tokens: bool = False
     kl: bool = False
+    margins: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from oatlite.maths.pairs import PairBatch, ResponseLogprobs
 
 
 class KL(Algorithm):
-    needs = Needs(reference=True)
+    needs = Needs(reference=True, margins=True)
     Options = KLConfig
 
     def __init__(self, options: Any) -> None:

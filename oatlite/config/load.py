@@ -47,6 +47,9 @@ class Given(NamedTuple):
 
 Layer = dict[str, Given]
 
+ONLINE_ONLY = ("data.prompts", "data.max_queries", "oracle.path", "placement.actors")
+"""Of a preset, what an offline run does not take over; given otherwise, it is refused there."""
+
 
 def load_config(
     *,
@@ -69,8 +72,13 @@ def load_config(
     if preset == DEMO:
         available = len(gpu_names()) if num_gpus is None else num_gpus
         merged = _merge([_one_gpu(available), *layers])
-    if preset is None and not any(key in merged and merged[key].value for key in ("model.path", "data.prompts")):
+    is_offline = "rollout.offline" in merged and merged["rollout.offline"].value is True
+    task = ("model.path", "data.prompts", "data.preferences")
+    if preset is None and not is_offline and not any(key in merged and merged[key].value for key in task):
         merged = _merge([*_default_preset(num_gpus, merged), *layers])
+    if is_offline:
+        from_preset = {key for key in ONLINE_ONLY if key in merged and merged[key].source.startswith("preset ")}
+        merged = {key: given for key, given in merged.items() if key not in from_preset}
     _check_algorithm(merged)
     for key, given in merged.items():
         check_key(key, given.source, _algorithm(merged))
@@ -209,8 +217,28 @@ def _validate(merged: Layer) -> Config:
 
 
 def _check_task(config: Config) -> None:
+    if config.rollout.offline:
+        _check_offline_task(config)
+        return
+    if config.data.preferences is not None:
+        raise ConfigError("--preferences is given, and a run that samples reads none", "add --offline")
     if (config.model.path is None) != (config.data.prompts is None):
         given, other = ("--model", "--prompts") if config.data.prompts is None else ("--prompts", "--model")
         raise ConfigError(f"{given} is given and {other} is not", "give both, or neither for a preset")
     if config.oracle.path is None:
         raise ConfigError("no oracle is given", "add --oracle REWARD_MODEL (a folder or a hub id)")
+
+
+def _check_offline_task(config: Config) -> None:
+    if config.data.preferences is None:
+        raise ConfigError("--offline trains on pairs, and none are given", "add --preferences with a file or a dataset")
+    if config.model.path is None:
+        raise ConfigError("--preferences is given and --model is not", "add --model with a folder or a hub id")
+    for key in ONLINE_ONLY:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if value:
+            raise ConfigError(
+                f"{key} = {value}, and --offline has no rollouts: no actor, no prompts of its own, no oracle",
+                "leave it out, or leave out --offline",
+            )

@@ -84,7 +84,7 @@ def _filled(config: Config, num_gpus: int) -> dict[str, Any]:
     default(placement, "gpus", num_gpus)
     on_gpu = placement["gpus"] > 0
     default(placement, "learners", min(placement["gpus"] or 1, placement["actors"] or math.inf))
-    default(placement, "actors", max(placement["gpus"], placement["learners"]))
+    default(placement, "actors", 0 if config.rollout.offline else max(placement["gpus"], placement["learners"]))
     default(model, "reference", model["path"])
     default(model, "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
     values["oracle"]["path"] = PAIRRM.get(values["oracle"]["path"], values["oracle"]["path"])
@@ -148,7 +148,7 @@ def _check_lora(config: Config) -> None:
 def _check_ranks(config: Config) -> None:
     place, per_step = config.placement, config.rollout.prompts_per_step
     assert place.actors is not None and place.learners is not None and place.gpus is not None
-    if place.actors < place.learners:
+    if place.actors < place.learners and not config.rollout.offline:
         raise ConfigError(
             f"placement.actors = {place.actors} is less than placement.learners = {place.learners}; a rank needs one",
             f"type {to_type('placement.actors', place.learners)} or {to_type('placement.learners', place.actors)}",
@@ -158,13 +158,14 @@ def _check_ranks(config: Config) -> None:
             f"placement.learners = {place.learners} ranks do not fit on {place.gpus} GPUs, one on each",
             f"type {to_type('placement.learners', place.gpus)} {to_type('placement.actors', place.gpus)}",
         )
-    sizes = {len(actors_of_rank(config, rank)) for rank in range(place.learners)}
+    sizes = {len(actors_of_rank(config, rank)) for rank in range(place.learners)} - {0}
     unit = place.learners * math.lcm(*sizes)
     if per_step % unit:
         each = " or ".join(str(size) for size in sorted(sizes))
+        actors = f" with {each} actor{'' if sizes == {1} else 's'} each" if sizes else ""
         raise ConfigError(
-            f"rollout.prompts_per_step = {per_step} does not split over {_count(place.learners, 'learner rank')} "
-            f"with {each} actor{'' if sizes == {1} else 's'} each",
+            f"rollout.prompts_per_step = {per_step} does not split over "
+            f"{_count(place.learners, 'learner rank')}{actors}",
             f"type {_choices('rollout.prompts_per_step', _multiples_near(per_step, unit))}",
         )
 
@@ -211,9 +212,11 @@ def _check_batches(config: Config, *, batch_size_is_default: bool) -> None:
 
 
 def _check_paths(config: Config) -> None:
-    for key in ("model.path", "model.reference", "oracle.path", "data.prompts"):
+    for key in ("model.path", "model.reference", "oracle.path", "data.prompts", "data.preferences"):
         section, name = key.split(".")
         path = getattr(getattr(config, section), name)
+        if path is None:
+            continue
         looks_local = path.startswith(("/", "./", "../", "~")) or path.endswith(DATA_SUFFIXES)
         if looks_local and not Path(path).exists():
             home = " (~ is not expanded here: give the whole path)" if path.startswith("~") else ""

@@ -36,12 +36,23 @@ class DataConfig(Section):
     prompts: str | None = Field(
         None, description="dataset: a hub id, a saved one, a .jsonl .json .csv .parquet file, or demo"
     )
+    preferences: str | None = Field(
+        None, description="dataset of pairs, prompt, chosen and rejected, for --offline; a name as of prompts"
+    )
     split: str = Field("train", description="split that training prompts come from")
     eval_split: str | None = Field(None, description="split for evaluation; default: held out of split")
     prompt_key: str = Field("prompt", description="column that holds the prompt")
     reference_key: str | None = Field("reference", description="column of answers that evaluation compares against")
+    chosen_key: str = Field("chosen", description="offline: column of the better answer")
+    rejected_key: str = Field("rejected", description="offline: column of the worse answer")
+    margin_key: str | None = Field(
+        None, description="offline: column of the better answer's reward minus the worse one's, for kl and rev_kl"
+    )
     chat_template: bool = Field(False, description="wrap each prompt in the tokenizer's chat template")
     max_prompt_tokens: PositiveInt = Field(512, description="longer prompts are dropped, and counted")
+    max_response_tokens: PositiveInt = Field(
+        1024, description="offline: pairs with a longer answer are dropped, and counted"
+    )
     max_prompts: PositiveInt | None = Field(None, description="prompts per epoch; default: all")
     epochs: PositiveInt = Field(1, description="passes over the prompts")
     max_queries: PositiveInt | None = Field(
@@ -58,7 +69,10 @@ class SamplingConfig(Section):
 
 class RolloutConfig(Section):
     prompts_per_step: PositiveInt = Field(128, description="prompts of one step over all ranks")
-    sync_every: PositiveInt = Field(1, description="steps between weight syncs; larger than the run: offline")
+    sync_every: PositiveInt = Field(1, description="steps between weight syncs; larger than the run: offline baseline")
+    offline: bool = Field(
+        False, description="no rollouts: train on the pairs of --preferences, without actor or oracle"
+    )
 
 
 class LearnerConfig(Section):
@@ -101,7 +115,7 @@ class OracleConfig(Section):
 
 class EvalConfig(Section):
     every: PositiveInt = Field(20, description="steps between evaluations; both ends are always evaluated")
-    prompts: NonNegativeInt = Field(200, description="held-out prompts; 0: no evaluation")
+    prompts: NonNegativeInt = Field(200, description="held-out prompts, offline held-out pairs; 0: no evaluation")
     gold_score: str | None = Field(
         None, description="file.py:function(prompt, response) -> float, logged beside the oracle and never trained on"
     )
@@ -127,7 +141,7 @@ class CheckpointConfig(Section):
 
 class PlacementConfig(Section):
     gpus: NonNegativeInt | None = Field(None, description="GPUs to use; default: all there are; 0: the CPU")
-    actors: PositiveInt | None = Field(None, description="actor processes; default: one per GPU, or one")
+    actors: NonNegativeInt | None = Field(None, description="actor processes; default: one per GPU, or one")
     learners: PositiveInt | None = Field(None, description="learner ranks; default: one per GPU, or one")
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(0.35, description="vLLM's share of a GPU")
     kv_cache_gib: PositiveFloat = Field(1.0, description="vLLM's cache on CPU")

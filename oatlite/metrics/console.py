@@ -141,7 +141,14 @@ def eval_words(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"evaluation at step {record['step']}"
     if isinstance(record.get("win_rate"), int | float):
         yield f"win rate {record['win_rate']:.1%}"
-    for key, label in (("reward", "reward"), ("gold_score", "gold"), ("response_tokens", "tokens")):
+    for key, label in (
+        ("loss", "loss"),
+        ("margin", "margin"),
+        ("accuracy", "acc"),
+        ("reward", "reward"),
+        ("gold_score", "gold"),
+        ("response_tokens", "tokens"),
+    ):
         if isinstance(record.get(key), int | float):
             yield f"{label} {record[key]:.4g}"
 

@@ -38,7 +38,19 @@ STEP_KEYS = (
     "trained_pairs",
     "unusable_pairs",
 )
-EVAL_KEYS = ("step", "win_rate", "win_probability", "reward", "gold_score", "response_tokens", "prompts")
+EVAL_KEYS = (
+    "step",
+    "win_rate",
+    "win_probability",
+    "reward",
+    "gold_score",
+    "response_tokens",
+    "loss",
+    "margin",
+    "accuracy",
+    "kl",
+    "prompts",
+)
 SUMMARY_KEYS = ("steps", "queries", "seconds", "run_dir", "model", "warning", "next")
 KEYS: dict[str, tuple[str, ...]] = {"step": STEP_KEYS, "eval": EVAL_KEYS, "summary": SUMMARY_KEYS}
 PERF_KEYS = (
@@ -52,7 +64,7 @@ PERF_KEYS = (
     "memory_bytes",
     "threads",
 )
-REQUIRED: dict[str, tuple[str, ...]] = {"step": ("step", "policy_version"), "eval": ("step",), "summary": ()}
+REQUIRED: dict[str, tuple[str, ...]] = {"step": ("step",), "eval": ("step",), "summary": ()}
 NAME = re.compile(r"[a-z][a-z0-9_]*(/[a-z0-9_]+)*")
 
 

@@ -14,11 +14,11 @@ from rich.text import Text
 
 from oatlite.metrics.console import clean
 from oatlite.metrics.curves import Points, plot
-from oatlite.metrics.summary import History, duration
+from oatlite.metrics.summary import SHARES, History, duration
 
 STAGE_STYLES = {"generate": "cyan", "score": "magenta", "learn": "green", "sync": "yellow", "evaluate": "blue"}
 TROUBLE = {"restarting": "bold red", "stopped": "red", "failed": "bold red"}
-CURVES = (("win_rate", "win rate", "green"), ("reward", "reward", "cyan"), ("gold_score", "gold score", "yellow"))
+CURVE_STYLES = {"win_rate": "green", "reward": "cyan", "gold_score": "yellow", "accuracy": "green", "loss": "cyan"}
 GAP = 2
 MIN_CURVE_LINES = 3
 MAX_CURVE_LINES = 24
@@ -62,7 +62,7 @@ def frame(state: ScreenState, width: int, height: int) -> Text:
 
 def final_frame(state: ScreenState, width: int) -> Text:
     """The curves as they ended, to be left in the terminal's history."""
-    if not any(state.history.curve(key) for key, _, _ in CURVES):
+    if not any(state.history.curve(key) for key in CURVE_STYLES):
         return Text(_fit(state.title, width), style="bold")
     return Text("\n").join([Text(_fit(state.title, width), style="bold"), *_curves(state, width, 8), Text()])
 
@@ -124,12 +124,14 @@ def _stage(role: str, stage: str, detail: str, seconds: float, width: int) -> Te
 
 def _curves(state: ScreenState, width: int, height: int) -> list[Text]:
     """A title and a plot each, side by side; the gold score only when there is one."""
-    drawn = [(key, *rest) for key, *rest in CURVES if key != "gold_score" or state.history.curve(key)]
+    compared = state.history.compared.items()
+    drawn = [(key, label) for key, label in compared if key != "gold_score" or state.history.curve(key)]
     each = (width - GAP * (len(drawn) - 1)) // len(drawn)
     columns = []
-    for key, label, style in drawn:
+    for key, label in drawn:
+        style = CURVE_STYLES[key]
         points = state.history.curve(key)
-        if key == "win_rate":
+        if key in SHARES:
             points = [(step, value * 100) for step, value in points]
         lines = plot(points, width=each, height=height - 1, last_step=state.total_steps)
         latest, change = _latest(key, points)
@@ -149,7 +151,7 @@ def _latest(key: str, points: Points) -> tuple[str, str]:
     if not points:
         return "", ""
     first, last = points[0][1], points[-1][1]
-    if key == "win_rate":
+    if key in SHARES:
         return f"{last:.1f}%", f"({last - first:+.1f})"
     return f"{last:.3g}", f"({last - first:+.2g})"
 

@@ -8,6 +8,9 @@ from typing import Any
 
 STAGES = ("generate", "score", "learn", "sync", "eval")
 COMPARED = {"win_rate": "win rate", "reward": "reward", "gold_score": "gold score"}
+OFFLINE_COMPARED = {"accuracy": "accuracy", "loss": "loss"}
+"""What stands for them where nothing is sampled: whether held-out pairs have the right one's implicit reward higher."""
+SHARES = ("win_rate", "accuracy")
 
 
 class History:
@@ -27,7 +30,7 @@ class History:
             self.last_step = dict(record)
         else:
             self.last_eval = dict(record)
-        for key in COMPARED:
+        for key in (*COMPARED, *OFFLINE_COMPARED):
             value = record.get(key)
             if isinstance(value, int | float):
                 self.series[f"{kind}/{key}"].append((int(record["step"]), float(value)))
@@ -36,9 +39,19 @@ class History:
             if stage in STAGES and isinstance(value, int | float):
                 self.stage_s[stage] += value
 
+    @property
+    def compared(self) -> dict[str, str]:
+        """Names and labels of what the run is judged by; an offline run's records name no sampling policy."""
+        is_offline = bool(self.last_step or self.last_eval) and not any(
+            self.curve(key) for key in ("win_rate", "reward")
+        )
+        return OFFLINE_COMPARED if is_offline else COMPARED
+
     def curve(self, key: str) -> list[tuple[int, float]]:
-        """Points of a metric over steps: of training where it is measured there, else of evaluations."""
-        return self.series.get(f"step/{key}") or self.series.get(f"eval/{key}") or []
+        """Points of a metric over steps: of training where it is measured there, else of evaluations. Of accuracy those
+        of evaluations, if there are any, because training's are of other pairs each time."""
+        series = [self.series.get(f"{kind}/{key}") or [] for kind in ("step", "eval")]
+        return (series[1] or series[0]) if key == "accuracy" else (series[0] or series[1])
 
     def ends(self, key: str) -> tuple[float, float] | None:
         """First and last value: of evaluations, which see the same prompts each time, else of training."""
@@ -61,7 +74,7 @@ def summary_lines(history: History, summary: Mapping[str, Any], seconds: float) 
     if queries is not None:
         done.append(f"{_whole(queries)} oracle queries")
     yield f"done: {', '.join([*done, duration(summary.get('seconds', seconds))])}"
-    for key, label in COMPARED.items():
+    for key, label in history.compared.items():
         ends = history.ends(key)
         if ends is not None:
             yield f"  {label:<11} {change(key, *ends)}"
@@ -80,7 +93,7 @@ def summary_lines(history: History, summary: Mapping[str, Any], seconds: float) 
 
 
 def change(key: str, first: float, last: float) -> str:
-    if key == "win_rate":
+    if key in SHARES:
         return f"{first:.1%} -> {last:.1%}  ({(last - first) * 100:+.1f} points)"
     return f"{_value(first)} -> {_value(last)}  ({'+' if last >= first else ''}{_value(last - first)})"
 

@@ -12,18 +12,20 @@ from oatlite.models import TokenPair
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPair:
-    """A judged pair. ``sampler_logprobs`` are those of the chosen response, then of the rejected one; ``margin`` is
-    the oracle's reward of the one minus that of the other; ``is_trainable`` says that the verdict can be used."""
+    """A judged pair. ``sampler_logprobs`` are those of the chosen response, then of the rejected one, where this run
+    has sampled them; ``margin`` is the oracle's reward of the one minus that of the other; ``is_trainable`` says that
+    the verdict can be used."""
 
     tokens: TokenPair
-    sampler_logprobs: Float32
+    sampler_logprobs: Float32 | None
     is_trainable: bool
     margin: float = 0.0
 
 
 @dataclass(slots=True)
 class Entry:
-    """A pair of step ``step``; ``reference_logprobs`` is in the order of ``pair.sampler_logprobs``, once known."""
+    """A pair of step ``step``; ``reference_logprobs`` are those of the chosen response, then of the rejected one, once
+    known."""
 
     pair: TrainingPair
     step: int

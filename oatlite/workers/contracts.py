@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from oatlite.algorithms.base import Candidate
 from oatlite.messages import Int32, UInt64
-from oatlite.metrics.records import Kind
+from oatlite.metrics.records import Kind, Mean
 from oatlite.oracles.base import Verdicts
 from oatlite.workers.buffer import TrainingPair
 from oatlite.workers.rollout import ParameterSource, SamplingOptions
 from oatlite.workers.update import UpdateStats
+
+if TYPE_CHECKING:
+    from oatlite.workers.experience import Rollouts
 
 
 class Actors(Protocol):
@@ -33,6 +36,22 @@ class Actors(Protocol):
 
 class Updates(Protocol):
     def learn(self, pairs: Sequence[TrainingPair], step: int) -> UpdateStats: ...
+
+
+class Collects(Protocol):
+    """The sampling half of a step, or what stands for it."""
+
+    def collect(self, step: int) -> Rollouts: ...
+
+
+class Judges(Protocol):
+    """An evaluation on ``num_prompts`` held-out prompts over all ranks; without any there is none."""
+
+    @property
+    def num_prompts(self) -> int: ...
+    def judge(self) -> tuple[dict[str, Mean], list[dict[str, Any]]]:
+        """Metrics that add up over ranks, and a row per prompt of this rank."""
+        ...
 
 
 class Ranks(Protocol):

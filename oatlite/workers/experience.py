@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,19 @@ TRAIN_SEEDS, EVAL_SEEDS, SELECT_DRAWS, VERDICT_DRAWS = range(4)
 
 @dataclass(slots=True, kw_only=True)
 class Rollouts:
-    """One rank's part of a step: the pairs to train on, and what is known about the samples. Times in seconds."""
+    """One rank's part of a step: the pairs to train on, and what is known about the samples. Times in seconds.
 
-    policy_version: int
+    Where the pairs were not sampled but read, there is no ``policy_version``, and no time was spent.
+    """
+
+    policy_version: int | None
     epoch: int
     pairs: list[TrainingPair]
-    rows: list[dict[str, Any]]
     means: dict[str, Mean]
-    num_tokens: int
-    generate_s: float
-    score_s: float
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    num_tokens: int = 0
+    generate_s: float | None = None
+    score_s: float | None = None
 
 
 class Experience:
@@ -62,7 +65,8 @@ class Experience:
 
     def collect(self, step: int) -> Rollouts:
         """The rollouts of ``step`` (from 1) with the policy that the actors hold."""
-        indices, epoch = self._prompts_of(step)
+        of_step, epoch = rows_of_step(len(self._prompts), step, self._config)
+        indices: list[int] = self._share.of(of_step)
         samplers = list(self._algorithm.sampling_plan())
         seeds = sample_seeds(
             self._config.run.seed, TRAIN_SEEDS, epoch, self._prompts.rows[indices].tolist(), len(samplers)
@@ -98,7 +102,6 @@ class Experience:
             policy_version=self._actors.policy_version,
             epoch=epoch,
             pairs=[],
-            rows=[],
             means=_sample_means(first, second, verdicts),
             num_tokens=sum(len(candidate.tokens) for candidates in found for candidate in candidates),
             generate_s=generate_s,
@@ -146,18 +149,18 @@ class Experience:
                 rollouts.means["gold_score"].extend(row["gold_scores"])
             rollouts.rows.append(row)
 
-    def _prompts_of(self, step: int) -> tuple[list[int], int]:
-        """This rank's prompts of ``step``, as indices, and the epoch that it is in."""
-        per_step = self._config.rollout.prompts_per_step
-        epoch, position = divmod(step - 1, len(self._prompts) // per_step)
-        order = epoch_order(len(self._prompts), epoch, self._config.run.seed)
-        of_step = order[position * per_step : (position + 1) * per_step]
-        if self._config.data.max_queries is not None:
-            of_step = of_step[: max(0, self._config.data.max_queries - (step - 1) * per_step)]
-        return self._share.of(of_step.tolist()), epoch
-
     def _draws(self, purpose: int, step: int) -> np.random.Generator:
         return np.random.default_rng([self._config.run.seed, purpose, step, self._share.rank])
+
+
+def rows_of_step(num_rows: int, step: int, config: Config) -> tuple[list[int], int]:
+    """Which of ``num_rows`` rows the ranks together take in ``step`` (from 1), and the epoch that it is in."""
+    per_step = config.rollout.prompts_per_step
+    epoch, position = divmod(step - 1, num_rows // per_step)
+    of_step = epoch_order(num_rows, epoch, config.run.seed)[position * per_step : (position + 1) * per_step]
+    if config.data.max_queries is not None:
+        of_step = of_step[: max(0, config.data.max_queries - (step - 1) * per_step)]
+    return of_step.tolist(), epoch
 
 
 def sampling_options(config: SamplingConfig, *, is_greedy: bool = False) -> SamplingOptions:

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from oatlite.config.schema import Config
 from oatlite.metrics.records import Mean
-from oatlite.workers.contracts import Actors, Keeps, Policies, Ranks, Shows, Updates
-from oatlite.workers.evaluation import Judge
-from oatlite.workers.experience import Experience, Rollouts
+from oatlite.workers.contracts import Actors, Collects, Judges, Keeps, Policies, Ranks, Shows, Updates
+from oatlite.workers.experience import Rollouts
 from oatlite.workers.saving import Progress, Saves
 from oatlite.workers.update import UpdateStats
 
 
 class Learner:
-    """One rank of the learner. All ranks go through the same steps; ``journal`` is None on all but rank 0."""
+    """One rank of the learner. All ranks go through the same steps; ``journal`` is None on all but rank 0, and
+    ``actors`` where nothing is sampled."""
 
     def __init__(
         self,
         *,
         config: Config,
         num_steps: int,
-        experience: Experience,
-        judge: Judge,
-        actors: Actors,
+        experience: Collects,
+        judge: Judges,
+        actors: Actors | None,
         updater: Updates,
         ranks: Ranks,
         policies: Policies,
@@ -68,7 +69,7 @@ class Learner:
             with self._shows.doing("learn", f"step {step}"):
                 stats = self._updater.learn(rollouts.pairs, step)
             clock.lap("learn_s")
-            if step % config.rollout.sync_every == 0:
+            if self._actors is not None and step % config.rollout.sync_every == 0:
                 with self._shows.doing("sync", f"version {step}"):
                     self._actors.sync(step, self._policies.adopt())
             clock.lap("sync_s")
@@ -84,32 +85,40 @@ class Learner:
         return True
 
     def evaluate(self, step: int) -> None:
-        """Judge the newest policy. Where the actors hold an older one, push the newest and restore theirs after."""
+        """Judge the newest policy, that of ``step``."""
         if not self._judge.num_prompts:
             return
         clock = _Clock()
-        behaviour_version = self._actors.policy_version
-        with self._shows.doing("evaluate", f"step {step}"):
-            if behaviour_version != step:
-                self._actors.sync(step, self._policies.newest)
+        with self._shows.doing("evaluate", f"step {step}"), self._newest_at_actors(step):
             means, rows = self._judge.judge()
-            if behaviour_version != step:
-                self._actors.sync(behaviour_version, self._policies.behaviour)
         means, all_rows = self._add_up(means), self._gather(rows)
         clock.lap("eval_s")
         if self._journal is not None:
             self._journal.evaluation(step, all_rows)
             self._journal.record("eval", step=step, prompts=self._judge.num_prompts, perf=clock.laps, **means)
 
+    @contextmanager
+    def _newest_at_actors(self, step: int) -> Iterator[None]:
+        """Where the actors hold an older policy than that of ``step``, push the newest and restore theirs after."""
+        actors = self._actors
+        if actors is None or actors.policy_version == step:
+            yield
+            return
+        behaviour_version = actors.policy_version
+        actors.sync(step, self._policies.newest)
+        yield
+        actors.sync(behaviour_version, self._policies.behaviour)
+
     def _report(self, step: int, rollouts: Rollouts, stats: UpdateStats, clock: _Clock) -> None:
         """Add the ranks' numbers up and write the record of the step."""
         means = self._add_up(rollouts.means | stats.means())
         num_trained = sum(pair.is_trainable for pair in rollouts.pairs)
         pairs, trained, tokens = map(int, self._ranks.add_up([len(rollouts.pairs), num_trained, rollouts.num_tokens]))
+        actors, sampled_with = self._actors, rollouts.policy_version
         self._progress = Progress(
             step=step,
-            num_queries=self._progress.num_queries + pairs,
-            policy_version=self._actors.policy_version,
+            num_queries=self._progress.num_queries + (pairs if actors is not None else 0),
+            policy_version=actors.policy_version if actors is not None else step,
         )
         rows = self._gather(rollouts.rows)
         if self._journal is None:
@@ -124,19 +133,19 @@ class Learner:
             "generate_s": rollouts.generate_s,
             "score_s": rollouts.score_s,
             "reference_s": stats.reference_s,
-            "reload_s": self._actors.reload_s,
-            "tokens_per_s": tokens / max(rollouts.generate_s, 1e-9),
         }
+        if actors is not None and rollouts.generate_s is not None:
+            perf |= {"reload_s": actors.reload_s, "tokens_per_s": tokens / max(rollouts.generate_s, 1e-9)}
         self._journal.record(
             "step",
             step=step,
-            policy_version=rollouts.policy_version,
-            queries=self._progress.num_queries,
+            policy_version=sampled_with,
+            queries=self._progress.num_queries if actors is not None else None,
             epoch=rollouts.epoch,
             lr=stats.lr,
             gradient_steps=stats.num_steps,
-            mismatch_max=stats.mismatch_max,
-            staleness=step - 1 - rollouts.policy_version,
+            mismatch_max=stats.mismatch_max if sampled_with is not None else None,
+            staleness=step - 1 - sampled_with if sampled_with is not None else None,
             trained_pairs=trained,
             unusable_pairs=pairs - trained,
             perf=perf | self._measure() | {"step_s": clock.total()},

@@ -7,7 +7,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,21 +31,26 @@ from oatlite.lora import (
 from oatlite.metrics.sinks import Sink, WandbSink
 from oatlite.models import ForwardBatch, PairModel, checkpoint_gradients, choose_layout, load_policy, save_policy
 from oatlite.output_folder import complete_or_absent
+from oatlite.preferences import load_preferences
 from oatlite.trainer import OptimizerOptions, Ranks, Trainer, join_ranks
 from oatlite.transport import Hub, address
 from oatlite.weights import DTYPES, WeightExporter, create_buffer, plan_layout
-from oatlite.workers.contracts import Share
+from oatlite.workers.contracts import Collects, Judges, Share
 from oatlite.workers.evaluation import Judge
 from oatlite.workers.experience import Experience
 from oatlite.workers.gold import GoldScore, checked_gold
 from oatlite.workers.journal import Journal
 from oatlite.workers.learner import Learner
 from oatlite.workers.lifeline import Lifeline
+from oatlite.workers.offline import HeldOutPairs, RecordedExperience
 from oatlite.workers.policies import PolicyWeights
 from oatlite.workers.rollout import ActorPool, Deadlines
 from oatlite.workers.saving import Keeper, Progress
 from oatlite.workers.spec import STOP_SIGNAL, WorkerSpec, rollout_socket
 from oatlite.workers.update import Layout, Updater
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +65,7 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     algorithm = build_algorithm(config.algorithm)
     policy, published = _load_policy(spec)
     tokenizer = load_tokenizer(str(config.model.path), config.model.trust_remote_code)
-    longest = (spec.max_model_len - config.sampling.max_new_tokens, config.sampling.max_new_tokens)
+    longest = (spec.longest_prompt, spec.longest_response)
     layout = choose_layout(policy.to(device), len(tokenizer), int(tokenizer.pad_token_id), device, longest=longest)
     if config.learner.gradient_checkpointing:
         checkpoint_gradients(policy.model)
@@ -68,21 +73,19 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     dtype = DTYPES[config.model.dtype]
     lifeline.stage("starting", "ranks")
     join_ranks(ranks)
-    pool = _connect(spec, sent, dtype, device, vocab_size=policy.model.get_input_embeddings().num_embeddings)
+    pool = None
+    if not config.rollout.offline:
+        pool = _connect(spec, sent, dtype, device, vocab_size=policy.model.get_input_embeddings().num_embeddings)
     trainer = Trainer(policy, _optimizer_options(spec), ranks)
     policies = PolicyWeights(
         trainer,
         sent,
         dtype,
-        keeps_behaviour=config.rollout.sync_every > 1 or config.learner.zero_stage == 3,
+        keeps_behaviour=pool is not None and (config.rollout.sync_every > 1 or config.learner.zero_stage == 3),
     )
     rows = Layout(name=layout, pad_token_id=int(tokenizer.pad_token_id), device=device)
     updater = Updater(config, trainer, algorithm, _reference(config, algorithm, device, policy, trainer), rows)
-    prompts, held_out = load_prompts(
-        config.data, config.eval.prompts, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
-    )
-    share = Share(rank=spec.index, count=ranks.count)
-    gold = _gold(config)
+    experience, judge = _halves(spec, pool, algorithm, updater, tokenizer, lifeline)
     keeper = Keeper(
         checkpoints_of(spec.run_dir),
         keep_last=config.checkpoint.keep_last,
@@ -101,15 +104,16 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
         journal = Journal(spec.run_dir, lifeline, _more_sinks(spec), resumed_step=progress.step or None)
     is_stop_asked = threading.Event()
     signal.signal(STOP_SIGNAL, lambda *_: is_stop_asked.set())
-    lifeline.stage("starting", "waiting for actors")
-    pool.wait_until_ready()
-    pool.sync(progress.policy_version, policies.behaviour)
+    if pool is not None:
+        lifeline.stage("starting", "waiting for actors")
+        pool.wait_until_ready()
+        pool.sync(progress.policy_version, policies.behaviour)
     lifeline.stage("idle")
     is_complete = Learner(
         config=config,
         num_steps=spec.num_steps,
-        experience=Experience(config, share, prompts, algorithm, pool, lifeline, gold),
-        judge=Judge(config, share, held_out, pool, gold),
+        experience=experience,
+        judge=judge,
         actors=pool,
         updater=updater,
         ranks=trainer,
@@ -121,7 +125,8 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
         progress=progress,
         is_stop_asked=is_stop_asked.is_set,
     ).run()
-    pool.stop()
+    if pool is not None:
+        pool.stop()
     if is_complete:
         with lifeline.doing("saving", "model"):
             is_kept = spec.index == 0
@@ -132,8 +137,31 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
             )
     if journal is not None:
         journal.close()
-    pool.close()
+    if pool is not None:
+        pool.close()
     trainer.close()
+
+
+def _halves(
+    spec: WorkerSpec,
+    pool: ActorPool | None,
+    algorithm: Algorithm,
+    updater: Updater,
+    tokenizer: PreTrainedTokenizerBase,
+    lifeline: Lifeline,
+) -> tuple[Collects, Judges]:
+    """Where pairs come from, and what a policy is judged by: with actors or, offline, without."""
+    config = spec.config
+    share = Share(rank=spec.index, count=int(config.placement.learners or 1))
+    if pool is None:
+        pairs, held_out_pairs = load_preferences(config.data, config.eval.prompts, tokenizer)
+        return RecordedExperience(config, share, pairs), HeldOutPairs(share, held_out_pairs, updater)
+    prompts, held_out = load_prompts(
+        config.data, config.eval.prompts, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
+    )
+    gold = _gold(config)
+    experience = Experience(config, share, prompts, algorithm, pool, lifeline, gold)
+    return experience, Judge(config, share, held_out, pool, gold)
 
 
 def _load_policy(spec: WorkerSpec) -> tuple[PairModel, dict[str, dict[str, Published]]]:

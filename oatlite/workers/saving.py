@@ -120,10 +120,12 @@ def pack(buffer: PairBuffer) -> bytes:
         "is_trainable": np.array([entry.pair.is_trainable for entry in entries], np.bool_),
         "margin": np.array([entry.pair.margin for entry in entries], np.float64),
         "has_reference": np.array([entry.reference_logprobs is not None for entry in entries], np.bool_),
+        "has_sampler": np.array([entry.pair.sampler_logprobs is not None for entry in entries], np.bool_),
     }
     for name in _TOKENS:
         arrays[name], arrays[f"{name}_lengths"] = join([getattr(e.pair.tokens, name) for e in entries], "int32")
-    arrays["sampler"], _ = join([entry.pair.sampler_logprobs for entry in entries], "float32")
+    sampled = [entry.pair.sampler_logprobs for entry in entries if entry.pair.sampler_logprobs is not None]
+    arrays["sampler"], _ = join(sampled, "float32")
     scored = [entry.reference_logprobs for entry in entries if entry.reference_logprobs is not None]
     arrays["reference"], _ = join(scored, "float32")
     return save({name: torch.from_numpy(array) for name, array in arrays.items()})
@@ -135,13 +137,13 @@ def unpack(path: Path) -> tuple[list[int], list[Entry]]:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tokens = [cut(arrays[name], arrays[f"{name}_lengths"]) for name in _TOKENS]
     lengths = arrays["chosen_lengths"] + arrays["rejected_lengths"]
-    sampler = cut(arrays["sampler"], lengths)
+    sampler = iter(cut(arrays["sampler"], lengths[arrays["has_sampler"]]))
     reference = iter(cut(arrays["reference"], lengths[arrays["has_reference"]]))
     entries = [
         Entry(
             pair=TrainingPair(
                 tokens=TokenPair(prompt=prompt, chosen=chosen, rejected=rejected),
-                sampler_logprobs=sampler[i],
+                sampler_logprobs=next(sampler) if arrays["has_sampler"][i] else None,
                 is_trainable=bool(arrays["is_trainable"][i]),
                 margin=float(arrays["margin"][i]),
             ),

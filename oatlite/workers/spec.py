@@ -18,8 +18,8 @@ STOP_SIGNAL = signal.SIGUSR2
 
 
 class WorkerSpec(BaseModel):
-    """``num_steps`` and ``fingerprints`` are what the preflight found; ``device`` is ``cpu`` or ``cuda``, of which the
-    worker sees one; ``resume_from`` is the folder of a checkpoint."""
+    """Lengths in tokens, ``num_steps`` and ``fingerprints`` are what the preflight found; ``device`` is ``cpu`` or
+    ``cuda``, of which the worker sees one; ``resume_from`` is the folder of a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,11 +30,16 @@ class WorkerSpec(BaseModel):
     private_dir: Path
     device: Literal["cpu", "cuda"]
     threads: int
-    max_model_len: int
+    longest_prompt: int
+    longest_response: int
     num_steps: int
     fingerprints: dict[str, str]
     resume_from: Path | None = None
     config: Config
+
+    @property
+    def max_model_len(self) -> int:
+        return self.longest_prompt + self.longest_response
 
     @property
     def role(self) -> str:

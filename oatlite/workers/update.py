@@ -14,6 +14,7 @@ from oatlite.algorithms.base import Algorithm
 from oatlite.config.resolve import gradient_steps
 from oatlite.config.schema import Config
 from oatlite.maths.logprobs import mismatch
+from oatlite.maths.losses import PairLosses
 from oatlite.maths.pairs import PairBatch, ResponseLogprobs, pair_tokens
 from oatlite.metrics.records import Mean
 from oatlite.models import ForwardBatch, LayoutName, TokenPair, lay_out
@@ -51,8 +52,9 @@ class Layout:
 class UpdateStats:
     """Metrics of one step on one rank; Means add up over ranks, ``mismatch_max`` takes their maximum.
 
-    The mismatch is that of the step's own pairs at its first gradient step: later ones would show how far the policy
-    has moved since, and not how well sampler and learner agree. ``reference_s`` is the time of the reference's pass.
+    The mismatch is that of the step's own pairs, if this run has sampled them, at its first gradient step: later ones
+    would show how far the policy has moved since, and not how well sampler and learner agree. ``reference_s`` is the
+    time of the reference's pass.
     """
 
     loss: Mean = field(default_factory=Mean)
@@ -105,7 +107,10 @@ class Updater:
         """Take in this rank's ``pairs`` of ``step`` (from 1), and all gradient steps that are due on the buffer."""
         stats = UpdateStats()
         self.buffer.add(pairs, step)
-        self._score_by_reference(stats)
+        start = time.perf_counter()
+        new = [entry for entry in self.buffer if entry.pair.is_trainable and entry.reference_logprobs is None]
+        self._score_by_reference(new, self._new_pairs)
+        stats.reference_s = time.perf_counter() - start
         entries = list(self.buffer)
         num_left = gradient_steps(self._config, step)
         per_pass = min(num_left, gradient_steps(self._config, step, passes=1))
@@ -118,6 +123,25 @@ class Updater:
         stats.mismatch_max = self._trainer.maximum(stats.mismatch_max)
         return stats
 
+    def measure(self, entries: Sequence[Entry], at_most: int) -> tuple[UpdateStats, list[tuple[float, float]]]:
+        """What the newest policy makes of ``entries``, without learning from them: metrics, and the implicit rewards
+        of both responses of each.
+
+        All ranks together, none of which has more than ``at_most``.
+        """
+        stats = UpdateStats()
+        rewards: dict[int, tuple[float, float]] = {}
+        with torch.no_grad():
+            self._score_by_reference([e for e in entries if e.reference_logprobs is None], at_most)
+            crossed = self._crossed(entries, at_most) if self._algorithm.needs.kl else (None, None)
+            order = sorted(range(len(entries)), key=lambda i: entries[i].pair.tokens.num_tokens)
+            for part in self._micro_batches(order, at_most):
+                _, result = self._losses([entries[i] for i in part], crossed, stats)
+                if result is not None:
+                    both = zip(result.chosen_rewards.tolist(), result.rejected_rewards.tolist(), strict=True)
+                    rewards |= dict(zip(part, both, strict=True))
+        return stats, [rewards[i] for i in range(len(entries))]
+
     def _pass(self, entries: list[Entry], order: list[int], count: int, step: int, stats: UpdateStats) -> None:
         size = self._pairs_per_step
         # Which pairs meet in a gradient step is drawn; among themselves they stand as they came.
@@ -129,7 +153,7 @@ class Updater:
                 self._gradient_step(part, total, step, stats)
 
     def _gradient_step(self, entries: list[Entry], total: float, step: int, stats: UpdateStats) -> None:
-        crossed = self._crossed(entries) if self._algorithm.needs.kl else (None, None)
+        crossed = self._crossed(entries, self._pairs_per_step) if self._algorithm.needs.kl else (None, None)
         # Alike lengths side by side: little padding. The sum does not depend on the order.
         entries = sorted(entries, key=lambda entry: entry.pair.tokens.num_tokens)
         for part in self._micro_batches(entries, self._pairs_per_step):
@@ -152,6 +176,22 @@ class Updater:
         step: int,
         stats: UpdateStats,
     ) -> None:
+        logprobs, result = self._losses(entries, crossed, stats)
+        if result is None:
+            self._trainer.backward(0.0 * logprobs.sum())
+            return
+        self._trainer.backward(result.losses.sum() / total)
+        if stats.num_steps == 0:
+            self._note_mismatch(logprobs.detach(), entries, step, stats)
+
+    def _losses(
+        self,
+        entries: Sequence[Entry],
+        crossed: tuple[torch.Tensor | None, torch.Tensor | None],
+        stats: UpdateStats,
+    ) -> tuple[torch.Tensor, PairLosses | None]:
+        """The policy's log-probabilities (N,) of a micro-batch and its losses, which go into ``stats``; no losses for
+        one without entries, whose placeholder goes through the network all the same."""
         needs = self._algorithm.needs
         batch = self._layout.rows(
             [entry.pair.tokens for entry in entries] or [_PLACEHOLDER], wants_entropies=needs.tokens
@@ -159,8 +199,7 @@ class Updater:
         output = self._trainer.forward(batch)
         logprobs, entropies = (output[0], output[1].detach()) if needs.tokens else (output, None)
         if not entries:
-            self._trainer.backward(0.0 * logprobs.sum())
-            return
+            return logprobs, None
         policy = self._responses(logprobs, entropies, batch)
         reference = self._reference_of(entries, batch, logprobs)
         facts = PairBatch(
@@ -169,17 +208,14 @@ class Updater:
             reference_kl=crossed[1],
         )
         result = self._algorithm.loss(policy, reference if needs.reference else None, facts)
-        self._trainer.backward(result.losses.sum() / total)
-        with torch.no_grad():
-            stats.loss.extend(result.losses.tolist())
-            margins = result.chosen_rewards - result.rejected_rewards
-            stats.margin.extend(margins.tolist())
-            stats.accuracy.extend((margins > 0).double().tolist())
-            if reference is not None:
-                stats.kl.extend((policy.chosen - reference.chosen).tolist())
-                stats.kl.extend((policy.rejected - reference.rejected).tolist())
-            if stats.num_steps == 0:
-                self._note_mismatch(logprobs.detach(), entries, step, stats)
+        stats.loss.extend(result.losses.tolist())
+        margins = result.chosen_rewards - result.rejected_rewards
+        stats.margin.extend(margins.tolist())
+        stats.accuracy.extend((0.5 * (1 + margins.sign())).tolist())  # half where the policy is of no opinion
+        if reference is not None:
+            stats.kl.extend((policy.chosen - reference.chosen).tolist())
+            stats.kl.extend((policy.rejected - reference.rejected).tolist())
+        return logprobs, result
 
     def _responses(
         self, logprobs: torch.Tensor, entropies: torch.Tensor | None, batch: ForwardBatch
@@ -191,22 +227,19 @@ class Updater:
 
     # ------------------------------------------------------------------ what the reference and other prompts say
 
-    def _score_by_reference(self, stats: UpdateStats) -> None:
-        """Ask the reference for the new pairs that can be trained on."""
+    def _score_by_reference(self, new: Sequence[Entry], at_most: int) -> None:
+        """Ask the reference for pairs that it has not seen yet; no rank has more than ``at_most``."""
         if self._reference is None:
             return
-        start = time.perf_counter()
-        new = [e for e in self.buffer if e.pair.is_trainable and e.reference_logprobs is None]
-        new.sort(key=lambda entry: entry.pair.tokens.num_tokens)
+        new = sorted(new, key=lambda entry: entry.pair.tokens.num_tokens)
         # As many passes on every rank, since the reference may be the policy's own base, in pieces on all of them.
-        for part in self._micro_batches(new, self._new_pairs):
+        for part in self._micro_batches(new, at_most):
             rows = self._layout.rows([e.pair.tokens for e in part] or [_PLACEHOLDER])
             with torch.no_grad():
                 flat = self._reference(rows).float().cpu().numpy()
             ends = np.cumsum([e.pair.tokens.num_response_tokens for e in part])
             for entry, values in zip(part, np.split(flat, ends[:-1]) if part else (), strict=True):
                 entry.reference_logprobs = values
-        stats.reference_s = time.perf_counter() - start
 
     def _reference_of(
         self, entries: Sequence[Entry], batch: ForwardBatch, like: torch.Tensor
@@ -216,7 +249,7 @@ class Updater:
             return None
         return self._responses(torch.from_numpy(np.concatenate(found)).to(like), None, batch)
 
-    def _crossed(self, entries: Sequence[Entry]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _crossed(self, entries: Sequence[Entry], at_most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Both policies' log-probabilities (K,) of the gradient step's responses under prompts of other pairs.
 
         Two pairs side by side swap their responses, which takes no exchange between ranks. Where no rank has two
@@ -231,7 +264,7 @@ class Updater:
         ]
         policy: list[torch.Tensor] = []
         reference: list[torch.Tensor] = []
-        for part in self._micro_batches(crossed, self._pairs_per_step):
+        for part in self._micro_batches(crossed, at_most):
             batch = self._layout.rows(part or [_PLACEHOLDER])
             with torch.no_grad():
                 both = self._trainer.forward(batch), self._reference(batch)
@@ -248,10 +281,13 @@ class Updater:
         return torch.from_numpy(everything).to(self._layout.device)
 
     def _note_mismatch(self, learner: torch.Tensor, entries: Sequence[Entry], step: int, stats: UpdateStats) -> None:
+        sampled = [entry.pair.sampler_logprobs for entry in entries if entry.pair.sampler_logprobs is not None]
+        if not sampled:
+            return
         is_new = np.repeat(
             [entry.step == step for entry in entries], [e.pair.tokens.num_response_tokens for e in entries]
         )
-        sampler = np.concatenate([entry.pair.sampler_logprobs for entry in entries])
+        sampler = np.concatenate(sampled)
         mask = torch.from_numpy(is_new).to(learner.device)
         found = mismatch(learner[mask], torch.from_numpy(sampler[is_new]).to(learner))
         stats.mismatch_mean += Mean(found["abs_difference_sum"], found["num_tokens"])

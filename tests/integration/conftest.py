@@ -34,7 +34,10 @@ def make_inputs(folder: Path, family: str) -> Inputs:
     rows = [{"prompt": f"Say number {i}: ", "reference": f" it is {i}"} for i in range(80)]
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Inputs(policy=Path(policy), reward_model=Path(reward_model), prompts=prompts)
+    pairs = [{"prompt": row["prompt"], "chosen": row["reference"], "rejected": " none at all"} for row in rows]
+    preferences = folder / "preferences.jsonl"
+    preferences.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return Inputs(policy=Path(policy), reward_model=Path(reward_model), prompts=prompts, preferences=preferences)
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,12 @@ DEADLINE_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Folders of a policy, a reward model and a file of prompts with references."""
+    """Folders of a policy and a reward model, a file of prompts with references and one of preferences."""
 
     policy: Path
     reward_model: Path
     prompts: Path
+    preferences: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def command(inputs: Inputs, folder: Path, *more: str) -> list[str]:
+    online = ("--oracle", str(inputs.reward_model), "--prompts", str(inputs.prompts))
     return [
-        *(str(OATLITE), "train", "--gpus", "0", "--ui", "plain"),
-        *("--model", str(inputs.policy), "--oracle", str(inputs.reward_model), "--prompts", str(inputs.prompts)),
+        *(str(OATLITE), "train", "--gpus", "0", "--ui", "plain", "--model", str(inputs.policy)),
+        *(("--preferences", str(inputs.preferences)) if "--offline" in more else online),
         *("--run-dir", str(folder.parent), "--name", folder.name),
         *("--prompts-per-step", "16", "--micro-batch-size", "4", "--max-new-tokens", "12", "--max-prompts", "48"),
         *("--eval-every", "2", "--eval-prompts", "8", "--lr", "0.001", "--temperature", "1.0"),

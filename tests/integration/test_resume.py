@@ -30,6 +30,11 @@ ADAPTER = (
     *("--algo", "dpo", "--actors", "2", "--learners", "2", "--micro-batch-size", "4", "--lora-rank", "4"),
     *("--set", "learner.zero_stage=3", "--set", "lora.sync=adapter"),
 )
+# No actors; the pairs were read, and the reference point of KTO goes over both ranks.
+OFFLINE = (
+    *("--offline", "--algo", "kto", "--learners", "2", "--micro-batch-size", "4"),
+    *("--set", "learner.zero_stage=3", "--set", "learner.buffer_size=32"),
+)
 
 
 def wait_for_line(process: subprocess.Popen[str], words: str) -> str:
@@ -111,7 +116,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Path, killed: Path, 
     assert "is finished" in again.output
 
 
-@pytest.mark.parametrize("case", [TWO_RANKS, ADAPTER], ids=["two ranks", "adapter"])
+@pytest.mark.parametrize("case", [TWO_RANKS, ADAPTER, OFFLINE], ids=["two ranks", "adapter", "offline"])
 def test_ranks_go_on_as_if_nothing_had_been(case: tuple[str, ...], llama: Inputs, tmp_path: Path) -> None:
     undisturbed = train(llama, tmp_path / "whole", *case, *COMMON)
     assert undisturbed.exit_code == 0, undisturbed.output

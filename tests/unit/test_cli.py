@@ -165,14 +165,17 @@ def test_every_flag_reaches_its_option(trained: list[Any]) -> None:
         "placement.learners": 2, "eval.every": 3, "eval.prompts": 11,
             "checkpoint.save_every": 7, "checkpoint.keep_last": 3,
     }  # fmt: skip
-    assert set(values) == set(FLAGS), "a new flag needs a value here"
-    typed = [word for key, value in values.items() for word in to_type(key, value).split()]
-    assert main(["train", *typed]) == 0
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        assert getattr(getattr(trained[0], section), name) == value, key
-        if key != "placement.gpus":
-            assert getattr(getattr(default, section), name) != value, f"{key} proves nothing with its default"
+    # Flags that go with no rollouts, and with what does not contradict them.
+    offline: dict[str, Any] = {"rollout.offline": True, "data.preferences": "p", "model.path": "m"}
+    assert set(values | offline) == set(FLAGS), "a new flag needs a value here"
+    for number, given in enumerate((values, offline)):
+        typed = [word for key, value in given.items() for word in to_type(key, value).split()]
+        assert main(["train", *typed]) == 0
+        for key, value in given.items():
+            section, _, name = key.partition(".")
+            assert getattr(getattr(trained[number], section), name) == value, key
+            if key != "placement.gpus":
+                assert getattr(getattr(default, section), name) != value, f"{key} proves nothing with its default"
 
 
 # Dry run
@@ -193,6 +196,14 @@ def test_a_dry_run_reports_what_is_missing(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     for words in ("GPUs: 2 asked, none here", "GPU 1 (missing)", "model.path: trl-lib/", "data.prompts: lkevinzc/"):
         assert words in text
+
+
+def test_a_dry_run_without_rollouts_places_no_actor(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--offline", "--preferences", "a/b", "--model", "c/d", "--learners", "2", "--max-prompts", "512"]
+    assert main(["train", "--dry-run", *given]) == 0
+    text = capsys.readouterr().out
+    assert "learner 1  CPU" in text and "at most 4, of 128 pairs each" in text and "data.preferences: a/b" in text
+    assert "actor 0" not in text
 
 
 def test_a_dry_run_knows_folders_and_the_cache_of_the_hub(tmp_path: Path) -> None:

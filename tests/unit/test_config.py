@@ -79,6 +79,44 @@ def test_no_task_given_means_the_demo_on_the_cpu_and_tldr_on_gpus() -> None:
     assert (on_cpu.model.path, on_cpu.placement.gpus) == ("demo", 0)
 
 
+OFFLINE = {"rollout.offline": True, "data.preferences": "some/pairs", "model.path": "some/model"}
+
+
+def test_an_offline_run_has_learners_alone() -> None:
+    config = resolved(2, flags=OFFLINE)
+    assert (config.placement.learners, config.placement.actors) == (2, 0)
+    assert (config.oracle.path, config.data.prompts) == (None, None)
+    assert resolve(config, 2) == config
+    assert [place.name for place in places(config, cores=(0, 1))] == ["learner 0", "learner 1"]
+
+
+def test_an_offline_run_takes_of_a_preset_what_it_can_use() -> None:
+    config = resolved(2, preset="tldr", flags={key: OFFLINE[key] for key in ("rollout.offline", "data.preferences")})
+    assert config.model.path == "trl-lib/pythia-1b-deduped-tldr-sft" and config.learner.lr == 5e-7
+    assert (config.oracle.path, config.data.prompts) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"rollout.offline": True}, ["--preferences"]),
+        ({"rollout.offline": True, "data.preferences": "a/b"}, ["--model"]),
+        ({"data.preferences": "a/b", "model.path": "c/d"}, ["--offline"]),
+        (OFFLINE | {"oracle.path": "o"}, ["oracle.path = o", "no oracle"]),
+        (OFFLINE | {"data.prompts": "p"}, ["data.prompts = p"]),
+        (OFFLINE | {"data.max_queries": 500}, ["data.max_queries = 500"]),
+        (OFFLINE | {"placement.actors": 1}, ["placement.actors = 1"]),
+        (OFFLINE | {"data.preferences": "pairs.jsonl"}, ["data.preferences = pairs.jsonl", "no such file"]),
+        (OFFLINE | {"placement.learners": 3}, ["128 does not split over 3 learner ranks", "--prompts-per-step 126"]),
+    ],
+)
+def test_what_does_not_go_with_offline(flags: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(0, flags=flags)
+    for word in words:
+        assert word in str(caught.value)
+
+
 def test_weights_go_by_cuda_ipc_where_every_actor_is_on_its_learners_gpu() -> None:
     def transport(num_gpus: int, **placement: int) -> str:
         flags = {f"placement.{key}": value for key, value in ({"gpus": num_gpus} | placement).items()}

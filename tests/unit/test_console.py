@@ -91,6 +91,21 @@ def test_plain_lines_end_with_the_summary() -> None:
     assert "runs/x" in text
 
 
+def test_a_run_without_rollouts_is_told_by_what_it_has() -> None:
+    stream = io.StringIO()
+    console = PlainConsole(title="t", total_steps=2, stream=stream)
+    for number, accuracy in ((0, 0.5), (2, 0.75)):
+        console.record(make_record("eval", step=number, accuracy=accuracy, loss=0.7 - accuracy / 10))
+        console.record(make_record("step", step=number + 1, accuracy=0.1, loss=0.6))
+    console.close({"steps": 2})
+    text = stream.getvalue()
+    assert "evaluation at step 2  loss 0.625  acc 0.75" in text
+    assert re.search(r"accuracy +50\.0% -> 75\.0%  \(\+25\.0 points\)", text) and "oracle queries" not in text
+    state = ScreenState(title="t", total_steps=2, history=console.history)
+    shown = frame(state, 80, 24).plain
+    assert "accuracy  75.0%" in shown and "loss  0.6" in shown and "win rate" not in shown
+
+
 def test_without_a_summary_nothing_is_claimed() -> None:
     console, stream = plain()
     with console:

@@ -42,6 +42,7 @@ MAY_LOAD: dict[str, frozenset[str]] = {
     "oatlite.models": frozenset({"torch", "transformers"}),
     "oatlite.oracles": frozenset({"torch", "transformers"}),
     "oatlite.output_folder": frozenset(),
+    "oatlite.preferences": frozenset({"datasets"}),
     "oatlite.preflight": frozenset(),
     "oatlite.reaper": frozenset(),
     "oatlite.resuming": frozenset(),

@@ -72,7 +72,7 @@ def test_records_take_scalars_of_numpy() -> None:
     ("kind", "metrics"),
     [
         ("stepp", {"step": 1, "policy_version": 1}),
-        ("step", {"step": 1}),
+        ("step", {"epoch": 1}),
         ("eval", {"win_rate": 1.0}),
         ("eval", {"step": 1, "Bad name": 1.0}),
         ("eval", {"step": 1, "kind": "step"}),

@@ -57,7 +57,7 @@ def refused(config, *words):
 def test_the_plan(options):
     plan = check(Config(**options))
     assert (plan.num_prompts, plan.num_heldout, plan.num_dropped) == (40, 10, 1)
-    assert (plan.steps_per_epoch, plan.total_steps, plan.num_queries) == (5, 15, 120)
+    assert (plan.total_steps, plan.num_queries) == (15, 120)
     assert plan.longest_prompt == len("say number 00")
 
 
