@@ -72,6 +72,7 @@ def train(
     batch_size: Annotated[int | None, setting("learner.batch_size", BATCHES)] = None,
     micro_batch_size: Annotated[int | None, setting("learner.micro_batch_size", BATCHES)] = None,
     oracle: Annotated[str | None, setting("oracle.path", ORACLE)] = None,
+    reference_offload: Annotated[bool | None, setting("learner.reference_offload", PLACEMENT)] = None,
     gpus: Annotated[int | None, setting("placement.gpus", PLACEMENT)] = None,
     actors: Annotated[int | None, setting("placement.actors", PLACEMENT)] = None,
     learners: Annotated[int | None, setting("placement.learners", PLACEMENT)] = None,

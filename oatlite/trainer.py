@@ -34,7 +34,11 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerOptions:
-    """``num_steps`` gradient steps of ``micro_steps`` micro-batches each; ``num_steps`` sets the schedule's length."""
+    """``num_steps`` gradient steps of ``micro_steps`` micro-batches each; ``num_steps`` sets the schedule's length.
+
+    ``offloads_optimizer`` (ZeRO 1 to 3) keeps its state in host memory and steps there, ``offloads_parameters``
+    (ZeRO 3) the weights.
+    """
 
     lr: float
     schedule: ScheduleName
@@ -48,6 +52,8 @@ class OptimizerOptions:
     max_grad_norm: float
     zero_stage: int
     dtype: str
+    offloads_optimizer: bool = False
+    offloads_parameters: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +127,11 @@ class Trainer:
             betas=options.betas,
             eps=options.eps,
             weight_decay=options.weight_decay,
+            # Torch's own vectorized step on the CPU; DeepSpeed's would have to be compiled first.
+            fused=options.offloads_optimizer or None,
         )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=_deepspeed_config(options, ranks), dist_init_required=False
+            model=model, optimizer=optimizer, config=deepspeed_config(options, ranks), dist_init_required=False
         )
         # A script of DeepSpeed's that it would copy into every checkpoint.
         self._engine._copy_recovery_script = lambda path: None
@@ -269,14 +277,22 @@ def _state_files(folder: Path, open_file: Callable[[str], AbstractContextManager
     return StateFiles()
 
 
-def _deepspeed_config(options: OptimizerOptions, ranks: Ranks) -> dict[str, Any]:
+def deepspeed_config(options: OptimizerOptions, ranks: Ranks) -> dict[str, Any]:
+    """What DeepSpeed is started with."""
+    zero: dict[str, Any] = {"stage": options.zero_stage}
+    host = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
+    if options.offloads_optimizer:
+        zero["offload_optimizer"] = host
+    if options.offloads_parameters:
+        zero["offload_param"] = host
     return {
         "train_micro_batch_size_per_gpu": options.micro_batch_size,
         "gradient_accumulation_steps": options.micro_steps,
         "gradient_clipping": options.max_grad_norm,
         "bf16": {"enabled": options.dtype == "bfloat16"},
         "fp16": {"enabled": options.dtype == "float16"},
-        "zero_optimization": {"stage": options.zero_stage},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
         # A sum over many micro-batches in bfloat16 would lose the late ones.
         "data_types": {"grad_accum_dtype": "fp32" if options.zero_stage else None},
         "steps_per_print": 10**9,

@@ -35,6 +35,7 @@ FLAGS: dict[str, str] = {
     "learner.batch_size": "--batch-size",
     "learner.micro_batch_size": "--micro-batch-size",
     "lora.rank": "--lora-rank",
+    "learner.reference_offload": "--reference-offload",
     "oracle.path": "--oracle",
     "placement.gpus": "--gpus",
     "placement.actors": "--actors",

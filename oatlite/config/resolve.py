@@ -33,6 +33,8 @@ def resolve(config: Config, num_gpus: int, *, is_resumed: bool = False) -> Confi
     _check_gpus(config, num_gpus)
     resolved = Config.model_validate(_filled(config, num_gpus))
     _check_lora(resolved)
+    _check_offload(resolved)
+    _check_reference(resolved)
     _check_ranks(resolved)
     resolved = _with_transport(resolved)
     _check_batches(resolved, batch_size_is_default=config.learner.batch_size is None)
@@ -142,6 +144,26 @@ def _check_lora(config: Config) -> None:
         raise ConfigError(
             f"lora.rank = {config.lora.rank}, and vLLM takes adapters up to rank {MAX_ADAPTER_RANK}",
             f"type {to_type('lora.rank', MAX_ADAPTER_RANK)} or {to_type('lora.sync', 'merged')}",
+        )
+
+
+def _check_offload(config: Config) -> None:
+    learner = config.learner
+    for key, stages in (("optimizer_offload", (1, 2, 3)), ("parameter_offload", (3,))):
+        if getattr(learner, key) and learner.zero_stage not in stages:
+            wanted = " or ".join(map(str, stages))
+            raise ConfigError(
+                f"learner.{key} needs ZeRO stage {wanted}, and learner.zero_stage is {learner.zero_stage}",
+                f"type {to_type('learner.zero_stage', stages[-1])}",
+            )
+
+
+def _check_reference(config: Config) -> None:
+    """An adapter's base is its reference: there is no second model."""
+    if config.learner.reference_offload and config.lora.rank and config.model.reference == config.model.path:
+        raise ConfigError(
+            "learner.reference_offload = true, and with an adapter the reference is the policy's own base",
+            "leave it out",
         )
 
 

@@ -97,6 +97,15 @@ class LearnerConfig(Section):
         None, description="default: 2 with several ranks or in bfloat16, else 0"
     )
     gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
+    optimizer_offload: bool = Field(
+        False, description="keep the optimizer's state in host memory, and step there; needs zero_stage 1, 2 or 3"
+    )
+    parameter_offload: bool = Field(
+        False, description="keep weights in host memory until a layer needs them; needs zero_stage 3"
+    )
+    reference_offload: bool = Field(
+        False, description="keep the reference model in host memory while it is not asked; less GPU memory, slower"
+    )
     log_kl: bool = Field(False, description="keep a reference model for the KL metric when the loss needs none")
 
 

@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,7 @@ from oatlite.workers.learner import Learner
 from oatlite.workers.lifeline import Lifeline
 from oatlite.workers.offline import HeldOutPairs, RecordedExperience
 from oatlite.workers.policies import PolicyWeights
+from oatlite.workers.reference import ReferenceModel
 from oatlite.workers.rollout import ActorPool, Deadlines
 from oatlite.workers.saving import Keeper, Progress
 from oatlite.workers.spec import STOP_SIGNAL, WorkerSpec, rollout_socket
@@ -84,7 +86,8 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
         keeps_behaviour=pool is not None and (config.rollout.sync_every > 1 or config.learner.zero_stage == 3),
     )
     rows = Layout(name=layout, pad_token_id=int(tokenizer.pad_token_id), device=device)
-    updater = Updater(config, trainer, algorithm, _reference(config, algorithm, device, policy, trainer), rows)
+    reference, at_hand = _reference(config, algorithm, device, policy, trainer)
+    updater = Updater(config, trainer, algorithm, reference, rows, at_hand)
     experience, judge = _halves(spec, pool, algorithm, updater, tokenizer, lifeline)
     keeper = Keeper(
         checkpoints_of(spec.run_dir),
@@ -203,19 +206,21 @@ def _load(config: Config, path: str | None) -> torch.nn.Module:
 
 def _reference(
     config: Config, algorithm: Algorithm, device: torch.device, policy: PairModel, trainer: Trainer
-) -> Callable[[ForwardBatch], torch.Tensor] | None:
-    """What scores a pair for the reference: nothing, a model of its own, or the policy with its adapter off."""
+) -> tuple[Callable[[ForwardBatch], torch.Tensor] | None, Callable[[], AbstractContextManager[None]]]:
+    """What scores a pair for the reference: nothing, a model of its own, or the policy with its adapter off. And what
+    has to be open meanwhile."""
     if not (algorithm.needs.reference or config.learner.log_kl):
-        return None
+        return None, nullcontext
     if config.lora.rank and config.model.reference == config.model.path:
 
         def base(batch: ForwardBatch) -> torch.Tensor:
             with adapter_off(policy.model):
                 return trainer.forward(batch)
 
-        return base
-    reference = PairModel(_load(config, config.model.reference)).to(device)
-    return reference.eval().requires_grad_(False)
+        return base, nullcontext
+    model = PairModel(_load(config, config.model.reference))
+    reference = ReferenceModel(model, device, is_offloaded=config.learner.reference_offload)
+    return reference, reference.at_hand
 
 
 def _connect(
@@ -260,6 +265,8 @@ def _optimizer_options(spec: WorkerSpec) -> OptimizerOptions:
         max_grad_norm=learner.max_grad_norm,
         zero_stage=int(learner.zero_stage or 0),
         dtype=config.model.dtype,
+        offloads_optimizer=learner.optimizer_offload,
+        offloads_parameters=learner.parameter_offload,
     )
 
 

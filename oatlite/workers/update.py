@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -89,13 +90,16 @@ class Updater:
         algorithm: Algorithm,
         reference: Callable[[ForwardBatch], torch.Tensor] | None,
         layout: Layout,
+        reference_at_hand: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """``reference`` is asked only while ``reference_at_hand()`` is open."""
         learner = config.learner
         assert learner.batch_size is not None and learner.buffer_size is not None, "resolved first"
         self._config = config
         self._trainer = trainer
         self._algorithm = algorithm
         self._reference = reference
+        self._reference_at_hand = reference_at_hand
         self._layout = layout
         ranks = int(config.placement.learners or 1)
         self._pairs_per_step = learner.batch_size // ranks
@@ -229,14 +233,20 @@ class Updater:
 
     def _score_by_reference(self, new: Sequence[Entry], at_most: int) -> None:
         """Ask the reference for pairs that it has not seen yet; no rank has more than ``at_most``."""
-        if self._reference is None:
+        if self._reference is None or not at_most:
             return
+        with self._reference_at_hand():
+            self._ask_reference(self._reference, new, at_most)
+
+    def _ask_reference(
+        self, reference: Callable[[ForwardBatch], torch.Tensor], new: Sequence[Entry], at_most: int
+    ) -> None:
         new = sorted(new, key=lambda entry: entry.pair.tokens.num_tokens)
         # As many passes on every rank, since the reference may be the policy's own base, in pieces on all of them.
         for part in self._micro_batches(new, at_most):
             rows = self._layout.rows([e.pair.tokens for e in part] or [_PLACEHOLDER])
             with torch.no_grad():
-                flat = self._reference(rows).float().cpu().numpy()
+                flat = reference(rows).float().cpu().numpy()
             ends = np.cumsum([e.pair.tokens.num_response_tokens for e in part])
             for entry, values in zip(part, np.split(flat, ends[:-1]) if part else (), strict=True):
                 entry.reference_logprobs = values
@@ -264,14 +274,14 @@ class Updater:
         ]
         policy: list[torch.Tensor] = []
         reference: list[torch.Tensor] = []
-        for part in self._micro_batches(crossed, at_most):
-            batch = self._layout.rows(part or [_PLACEHOLDER])
-            with torch.no_grad():
+        with torch.no_grad(), self._reference_at_hand():
+            for part in self._micro_batches(crossed, at_most):
+                batch = self._layout.rows(part or [_PLACEHOLDER])
                 both = self._trainer.forward(batch), self._reference(batch)
-            if part:
-                for values, found in zip(both, (policy, reference), strict=True):
-                    sums = ResponseLogprobs.from_tokens(values, batch.segments, batch.num_pairs)
-                    found += [sums.chosen, sums.rejected]
+                if part:
+                    for values, found in zip(both, (policy, reference), strict=True):
+                        sums = ResponseLogprobs.from_tokens(values, batch.segments, batch.num_pairs)
+                        found += [sums.chosen, sums.rejected]
         return self._gathered(policy), self._gathered(reference)
 
     def _gathered(self, values: list[torch.Tensor]) -> torch.Tensor:

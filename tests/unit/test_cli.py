@@ -161,7 +161,7 @@ def test_every_flag_reaches_its_option(trained: list[Any]) -> None:
         "algorithm.beta": 0.7, "learner.lr": 0.3, "rollout.sync_every": 4, "sampling.max_new_tokens": 5,
         "sampling.temperature": 0.2, "rollout.prompts_per_step": 80, "learner.batch_size": 40,
         "learner.micro_batch_size": 4, "oracle.path": "o", "placement.gpus": 0, "placement.actors": 2,
-        "lora.rank": 16,
+        "lora.rank": 16, "learner.reference_offload": True,
         "placement.learners": 2, "eval.every": 3, "eval.prompts": 11,
             "checkpoint.save_every": 7, "checkpoint.keep_last": 3,
     }  # fmt: skip

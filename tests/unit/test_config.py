@@ -117,6 +117,19 @@ def test_what_does_not_go_with_offline(flags: dict[str, Any], words: list[str]) 
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (["learner.optimizer_offload=true"], "ZeRO stage 1 or 2 or 3, and learner.zero_stage is 0"),
+        (["learner.parameter_offload=true", "learner.zero_stage=2"], "--set learner.zero_stage=3"),
+        (["learner.reference_offload=true", "lora.rank=8"], "the policy's own base"),
+    ],
+)
+def test_what_cannot_be_offloaded(sets: list[str], words: str) -> None:
+    assert words in refused(sets=sets)
+    resolved(sets=["learner.optimizer_offload=true", "learner.parameter_offload=true", "learner.zero_stage=3"])
+
+
 def test_weights_go_by_cuda_ipc_where_every_actor_is_on_its_learners_gpu() -> None:
     def transport(num_gpus: int, **placement: int) -> str:
         flags = {f"placement.{key}": value for key, value in ({"gpus": num_gpus} | placement).items()}

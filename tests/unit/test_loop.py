@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ import torch
 from oatlite.algorithms import ALGORITHMS, build_algorithm
 from oatlite.algorithms.base import Algorithm
 from oatlite.config.algorithms import ALGORITHM_CONFIGS, AlgorithmConfig, CustomAlgorithmConfig, DPOConfig, SimPOConfig
+from oatlite.config.schema import Config
 from oatlite.errors import ConfigError, OracleError
-from oatlite.models import ForwardBatch
+from oatlite.models import ForwardBatch, TokenPair
 from oatlite.oracles.base import PreferenceOracle, Verdicts
-from oatlite.testing import BigramPolicy, FunctionOracle, rehearse
+from oatlite.testing import BigramPolicy, FunctionOracle, InMemoryTrainer, rehearse
+from oatlite.workers.buffer import TrainingPair
+from oatlite.workers.update import Layout, Updater
 
 EXAMPLE = Path(__file__).parent / "example_algorithm.py"
 SIMPO, DPO = SimPOConfig(), DPOConfig(beta=1.0)
@@ -138,6 +142,39 @@ def test_the_reference_scores_a_pair_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(BigramPolicy, "forward", counting)
     run = rehearse(algorithm(DPO), share_of_e, steps=4, settings={"learner": {"passes": 3, "buffer_size": 64}})
     assert scored == sum(record["trained_pairs"] for record in run.journal.of("step"))
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_the_reference_is_asked_only_while_it_is_at_hand(name: str) -> None:
+    config = Config.model_validate(
+        {
+            "rollout": {"prompts_per_step": 8},
+            "learner": {"micro_batch_size": 4, "batch_size": 8, "buffer_size": 8},
+        }
+    )
+    opened: list[bool] = []
+
+    @contextmanager
+    def at_hand() -> Iterator[None]:
+        opened.append(True)
+        yield
+        opened.pop()
+
+    def reference(batch: ForwardBatch) -> torch.Tensor:
+        assert opened, "asked while it was away"
+        return BigramPolicy(1)(batch).detach()
+
+    trainer = InMemoryTrainer(BigramPolicy(0), 0.1, keeps_behaviour=False)
+    layout = Layout(name="shared", pad_token_id=0, device=torch.device("cpu"))
+    updater = Updater(config, trainer, algorithm(ALGORITHM_CONFIGS[name]()), reference, layout, at_hand)
+    tokens = [np.array(ids, np.int32) for ids in ([1], [2, 0], [3, 0])]
+    pair = TrainingPair(
+        tokens=TokenPair(prompt=tokens[0], chosen=tokens[1], rejected=tokens[2]),
+        sampler_logprobs=None,
+        is_trainable=True,
+    )
+    assert updater.learn([pair] * 8, 1).loss.count == 8
+    assert not opened
 
 
 def test_a_selection_of_more_pairs_than_prompts_is_refused() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from oatlite.checkpoint import CheckpointWriter, FileRecord, name_of
-from oatlite.trainer import SCHEDULE_FLOOR, OptimizerOptions, Ranks, Trainer, schedule_factor
+from oatlite.trainer import SCHEDULE_FLOOR, OptimizerOptions, Ranks, Trainer, deepspeed_config, schedule_factor
 
 SCHEDULES = ["cosine", "linear", "constant"]
 NUM_STEPS = 3
@@ -40,6 +40,7 @@ BASE = OptimizerOptions(
     zero_stage=0,
     dtype="float32",
 )
+OFFLOADED = {"offloads_optimizer": True, "offloads_parameters": True}
 CLIPPED = 0.5  # the norms here are several times larger
 
 
@@ -58,8 +59,16 @@ CASES = {
         "bfloat16": cut_into(4, dtype="bfloat16"),
         "bfloat16, ZeRO 2": cut_into(4, dtype="bfloat16", zero_stage=2),
         "ZeRO 3": cut_into(2, zero_stage=3, max_grad_norm=CLIPPED),
+        "ZeRO 1, offloaded": cut_into(2, zero_stage=1, max_grad_norm=CLIPPED, offloads_optimizer=True),
+        "ZeRO 2, offloaded": cut_into(2, zero_stage=2, max_grad_norm=CLIPPED, offloads_optimizer=True),
+        "ZeRO 3, offloaded": cut_into(2, zero_stage=3, max_grad_norm=CLIPPED, **OFFLOADED),
+        "bfloat16, ZeRO 3, offloaded": cut_into(4, zero_stage=3, dtype="bfloat16", **OFFLOADED),
     },
     2: {
+        "ZeRO 2, offloaded": cut_into(2, 2, zero_stage=2, max_grad_norm=CLIPPED, offloads_optimizer=True),
+        "ZeRO 3, offloaded": cut_into(2, 2, zero_stage=3, max_grad_norm=CLIPPED, **OFFLOADED),
+    }
+    | {
         f"ZeRO {stage}, {micro_steps} micro-steps, norm {norm:g}": cut_into(
             micro_steps, 2, zero_stage=stage, max_grad_norm=norm
         )
@@ -258,6 +267,15 @@ def test_a_trainer_that_was_replaced_after_every_step_takes_the_same_steps_bit_f
 @pytest.mark.parametrize("case", CASES[2])
 def test_ranks_that_were_replaced_after_every_step_take_the_same_steps_bit_for_bit(two_ranks, case):
     assert all(result[case]["is_resumable"] for result in two_ranks)
+
+
+def test_deepspeed_is_told_what_to_offload(tmp_path):
+    ranks = Ranks(rank=0, count=1, rendezvous=tmp_path / "r", device=torch.device("cuda", 0), timeout_s=1)
+    options = dataclasses.replace(BASE, zero_stage=3, **OFFLOADED)
+    host = {"device": "cpu", "pin_memory": True}
+    told = deepspeed_config(options, ranks)
+    assert told["zero_optimization"] == {"stage": 3, "offload_optimizer": host, "offload_param": host}
+    assert deepspeed_config(BASE, ranks)["zero_optimization"] == {"stage": 0}
 
 
 # --------------------------------------------------------------------------- what ranks tell each other
