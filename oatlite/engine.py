@@ -194,7 +194,22 @@ class Engine:
         self.state = State.LOADING
         self._arriving = {}
         if self._options.adapter is None:
+            self._forget_expert_kernels()
             initialize_layerwise_reload(self.model)
+
+    def _forget_expert_kernels(self) -> None:
+        """Let the experts of a mixture be packed anew on the CPU, where vLLM does that only with its first kernel.
+
+        A reload would copy the plain weights to where the packed ones are expected.
+        """
+        if self._options.device != "cpu":
+            return
+        from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+        for layer in self.model.modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, UnquantizedFusedMoEMethod):
+                method.moe_kernel = None
 
     def load_bucket(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Load tensors under their Hugging Face names. On return nothing refers to their memory any more."""

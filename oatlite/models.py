@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from oatlite.errors import ConfigError
+from oatlite.maths.balance import load_balancing_loss
 from oatlite.maths.logprobs import token_logprobs, token_logprobs_and_entropies
 from oatlite.shared_attention import install
 
@@ -57,6 +58,7 @@ class ForwardBatch:
     ``predictor_rows`` and ``predictor_columns`` (N,) say where the hidden state lies that predicts each response
     token, ``targets`` (N,) which token it is, and ``segments`` (N,) to which response it belongs: 2b for the chosen
     one of pair b, 2b + 1 for the rejected one. ``wants_entropies`` asks for the entropy at each of them too.
+    ``is_token`` (R, L), False on padding, asks for the routers' balance over these.
     """
 
     input_ids: torch.Tensor
@@ -68,6 +70,7 @@ class ForwardBatch:
     segments: torch.Tensor
     num_pairs: int
     wants_entropies: bool = False
+    is_token: torch.Tensor | None = None
 
 
 def load_policy(path: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
@@ -114,16 +117,25 @@ class PairModel(nn.Module):
         self.model: Any = model
         self.takes_prompt_masks = install(model)
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch) -> Any:
         """Log-probabilities (N,) float32 of ``batch.targets``; with ``batch.wants_entropies`` (2, N): these, and the
-        entropies in nats of the distributions that they come from, without gradient."""
+        entropies in nats of the distributions that they come from, without gradient. With ``batch.is_token`` a tuple:
+        what was said, and the load-balancing loss of the routers of a mixture of experts."""
         backbone = self.model.base_model
         mask = batch.attention_mask
         if mask.is_floating_point():
             mask = mask.to(next(self.model.parameters()).dtype)
-        hidden = backbone(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
-        ).last_hidden_state
+        routed = {"output_router_logits": True} if batch.is_token is not None else {}
+        output = backbone(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False, **routed
+        )
+        logprobs = self._logprobs(output.last_hidden_state, batch)
+        if batch.is_token is None:
+            return logprobs
+        top_k = self.model.config.get_text_config().num_experts_per_tok
+        return logprobs, load_balancing_loss(output.router_logits, top_k, batch.is_token)
+
+    def _logprobs(self, hidden: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         head = self.model.get_output_embeddings()
         predictors = hidden[batch.predictor_rows, batch.predictor_columns]
         bias = getattr(head, "bias", None)
@@ -140,6 +152,7 @@ def lay_out(
     device: torch.device,
     *,
     wants_entropies: bool = False,
+    wants_balance: bool = False,
 ) -> ForwardBatch:
     """Put pairs into rows: one per response (``plain``) or one per pair."""
     rows: list[list[Tokens]] = []
@@ -175,6 +188,7 @@ def lay_out(
         segments=torch.from_numpy(np.repeat(np.arange(len(predictors)), lengths)).to(device),
         num_pairs=len(pairs),
         wants_entropies=wants_entropies,
+        is_token=torch.from_numpy(part_ids >= 0).to(device) if wants_balance else None,
     )
 
 

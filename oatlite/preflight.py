@@ -57,6 +57,7 @@ def check(config: Config) -> Plan:
     if not config.rollout.offline:
         _check_engine(config)  # which asks no hub for anything
     policy, tokenizer = _check_policy(config)
+    _check_experts(config, policy)
     limit = _max_positions(policy)
     if config.model.reference is not None and config.model.reference != config.model.path:
         reference = _check_reference(config, policy, tokenizer)
@@ -190,6 +191,17 @@ def _check_language_model(
             "save the model after resize_token_embeddings",
         )
     return model, tokenizer
+
+
+def _check_experts(config: Config, policy: PretrainedConfig) -> None:
+    """Configurations of models with routers that transformers can read out say how their balance is weighted."""
+    has_routers = hasattr(policy.get_text_config(), "router_aux_loss_coef")
+    if config.learner.aux_loss_coef and not has_routers:
+        raise ConfigError(
+            f"learner.aux_loss_coef = {config.learner.aux_loss_coef:g}, and {config.model.path} is no mixture of "
+            "experts",
+            "leave it out",
+        )
 
 
 def _max_positions(model: PretrainedConfig) -> float:

@@ -140,10 +140,9 @@ class Trainer:
         self._grad_norm = math.nan
         self._set_lr()
 
-    def forward(self, batch: Any) -> torch.Tensor:
+    def forward(self, batch: Any) -> Any:
         """The module's forward, inside DeepSpeed."""
-        result: torch.Tensor = self._engine(batch)
-        return result
+        return self._engine(batch)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of a micro-batch; the gradient of a step is the sum over all micro-batches and ranks.

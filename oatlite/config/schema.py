@@ -97,6 +97,9 @@ class LearnerConfig(Section):
         None, description="default: 2 with several ranks or in bfloat16, else 0"
     )
     gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
+    aux_loss_coef: NonNegativeFloat = Field(
+        0.0, description="weight of the routers' load-balancing loss, for a mixture of experts"
+    )
     optimizer_offload: bool = Field(
         False, description="keep the optimizer's state in host memory, and step there; needs zero_stage 1, 2 or 3"
     )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ ORDER_DRAWS = 5  # beside the purposes that the rollouts draw for
 class TrainerLike(Protocol):
     """What the update needs of a trainer; :class:`oatlite.trainer.Trainer` is the real one."""
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor: ...
+    def forward(self, batch: ForwardBatch) -> Any: ...
     def backward(self, loss: torch.Tensor) -> None: ...
     def step(self) -> StepResult: ...
     def add_up(self, values: Sequence[float]) -> list[float]: ...
@@ -45,8 +45,9 @@ class Layout:
     pad_token_id: int
     device: torch.device
 
-    def rows(self, tokens: Sequence[TokenPair], *, wants_entropies: bool = False) -> ForwardBatch:
-        return lay_out(tokens, self.name, self.pad_token_id, self.device, wants_entropies=wants_entropies)
+    def rows(self, tokens: Sequence[TokenPair], **wants: bool) -> ForwardBatch:
+        """As :func:`oatlite.models.lay_out`, which knows what can be wanted."""
+        return lay_out(tokens, self.name, self.pad_token_id, self.device, **wants)
 
 
 @dataclass(slots=True)
@@ -62,6 +63,7 @@ class UpdateStats:
     margin: Mean = field(default_factory=Mean)
     accuracy: Mean = field(default_factory=Mean)
     kl: Mean = field(default_factory=Mean)
+    balance: Mean = field(default_factory=Mean)
     mismatch_mean: Mean = field(default_factory=Mean)
     mismatch_outside: Mean = field(default_factory=Mean)
     grad_norm: Mean = field(default_factory=Mean)
@@ -71,7 +73,7 @@ class UpdateStats:
     reference_s: float = 0.0
 
     def means(self) -> dict[str, Mean]:
-        names = ("loss", "margin", "accuracy", "kl", "mismatch_mean", "mismatch_outside", "grad_norm")
+        names = ("loss", "margin", "accuracy", "kl", "balance", "mismatch_mean", "mismatch_outside", "grad_norm")
         return {name: getattr(self, name) for name in names}
 
 
@@ -196,11 +198,14 @@ class Updater:
     ) -> tuple[torch.Tensor, PairLosses | None]:
         """The policy's log-probabilities (N,) of a micro-batch and its losses, which go into ``stats``; no losses for
         one without entries, whose placeholder goes through the network all the same."""
-        needs = self._algorithm.needs
+        needs, coefficient = self._algorithm.needs, self._config.learner.aux_loss_coef
         batch = self._layout.rows(
-            [entry.pair.tokens for entry in entries] or [_PLACEHOLDER], wants_entropies=needs.tokens
+            [entry.pair.tokens for entry in entries] or [_PLACEHOLDER],
+            wants_entropies=needs.tokens,
+            wants_balance=coefficient > 0,
         )
         output = self._trainer.forward(batch)
+        output, balance = output if coefficient else (output, None)
         logprobs, entropies = (output[0], output[1].detach()) if needs.tokens else (output, None)
         if not entries:
             return logprobs, None
@@ -212,6 +217,9 @@ class Updater:
             reference_kl=crossed[1],
         )
         result = self._algorithm.loss(policy, reference if needs.reference else None, facts)
+        if balance is not None:
+            result = result._replace(losses=result.losses + coefficient * balance)
+            stats.balance.add(balance.item(), len(entries))
         stats.loss.extend(result.losses.tolist())
         margins = result.chosen_rewards - result.rejected_rewards
         stats.margin.extend(margins.tolist())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from oatlite_cli.main import main
 from runs import Inputs, Run, leftovers, read_lines, train
+from small_folders import save_model
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -41,6 +43,19 @@ def test_two_ranks_learn_the_same(one_rank: Run, llama: Inputs, tmp_path: Path) 
         for one, two in zip(one_rank.records(kind), two_ranks.records(kind), strict=True):
             assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
             assert two["accuracy"] == pytest.approx(one["accuracy"], abs=0.13)
+
+
+def test_a_mixture_of_experts_keeps_its_routers_even(llama: Inputs, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
+    policy = save_model(tmp_path / "policy", "moe", seed=1, **sizes)
+    inputs = dataclasses.replace(llama, policy=Path(policy))
+    weighted = ("--set", "learner.aux_loss_coef=0.1", "--set", "learner.zero_stage=2")
+    run = train(inputs, tmp_path / "experts", "--offline", "--algo", "dpo", *weighted)
+    assert run.exit_code == 0, run.output
+    for record in run.records("step"):
+        assert record["balance"] >= 1.9, "two of four experts: two where they are used evenly"
+    first = run.records("step")[0]
+    assert first["loss"] == pytest.approx(0.6931 + 0.1 * first["balance"], abs=1e-4)
 
 
 def test_a_loss_of_rewards_needs_them_in_the_data(

@@ -55,6 +55,7 @@ ADAPTER = MERGED | {"sync": "adapter"}
         ("llama", True, 60_000, WEIGHTS),
         ("neox", False, 60_000, WEIGHTS),
         ("neox", False, 60_000, MERGED),
+        ("moe", False, 60_000, WEIGHTS),
         ("llama", True, 2_000, ADAPTER),
     ],
 )

@@ -10,6 +10,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
 )
 
 CHAT_TEMPLATE = (
@@ -51,6 +52,11 @@ def config_of(family: str, **changes):
         "eos_token_id": 0,
         "pad_token_id": 2,
     }
+    if family == "moe":
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+        both = sizes | changes
+        shapes = {"moe_intermediate_size": both["hidden_size"], "head_dim": both["hidden_size"] // 2}
+        return Qwen3MoeConfig(**(shapes | both))
     return {"llama": LlamaConfig, "neox": GPTNeoXConfig}[family](**(sizes | changes))
 
 

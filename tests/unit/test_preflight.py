@@ -191,3 +191,9 @@ def test_weights_are_looked_at_before_anything_starts(options, tmp_path):
 
 def test_an_oracle_that_no_response_fits_into_is_refused(options):
     refused(changed(options, oracle={"max_tokens": 4}), "the oracle takes 4 tokens", "oracle.max_tokens=1024")
+
+
+def test_the_balance_of_experts_needs_experts(options, tmp_path):
+    weighted = changed(options, learner={"aux_loss_coef": 0.01})
+    refused(weighted, "learner.aux_loss_coef = 0.01", "no mixture of experts")
+    check(changed(weighted.model_dump(exclude_none=True), model={"path": save_model(tmp_path / "moe", "moe")}))
