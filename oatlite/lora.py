@@ -58,11 +58,28 @@ class Published:
 
 
 def all_parameters(model: nn.Module) -> dict[str, Published]:
-    """Every parameter as it is, by name."""
+    """Every parameter by name, as it is or, where it has 4 bits a weight, as what these stand for."""
     return {
-        name: Published(shape=tuple(parameter.shape), sources=(name,), value=_same(name))
+        name: Published(shape=_shape(parameter), sources=(name,), value=_whole(name, parameter))
         for name, parameter in model.named_parameters()
     }
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    state = getattr(parameter, "quant_state", None)
+    return tuple(parameter.shape if state is None else state.shape)
+
+
+def _whole(name: str, parameter: Any) -> Callable[[Callable[[str], torch.Tensor]], torch.Tensor]:
+    if getattr(parameter, "quant_state", None) is None:
+        return _same(name)
+
+    def value(get: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(get(name), parameter.quant_state)
+
+    return value
 
 
 def _same(name: str) -> Callable[[Callable[[str], torch.Tensor]], torch.Tensor]:
@@ -120,17 +137,21 @@ def merged_parameters(model: nn.Module) -> dict[str, Published]:
             del found[key]
         weight = f"{name}.base_layer.weight"
         pair = tuple(f"{name}.lora_{side}.{_NAME}.weight" for side in "AB")
-        found[weight] = Published(shape=found[weight].shape, sources=(weight, *pair), value=_merged(weight, layer))
+        found[weight] = Published(
+            shape=found[weight].shape, sources=(weight, *pair), value=_merged(weight, layer, found[weight].value)
+        )
     return {name.replace(".base_layer.", "."): published for name, published in found.items()}
 
 
-def _merged(weight: str, layer: Any) -> Callable[[Callable[[str], torch.Tensor]], torch.Tensor]:
+def _merged(
+    weight: str, layer: Any, base: Callable[[Callable[[str], torch.Tensor]], torch.Tensor]
+) -> Callable[[Callable[[str], torch.Tensor]], torch.Tensor]:
     name = weight.removesuffix(".base_layer.weight")
 
     def value(parameter: Callable[[str], torch.Tensor]) -> torch.Tensor:
         down, up = (parameter(f"{name}.lora_{side}.{_NAME}.weight").float() for side in "AB")
         change = up @ down * layer.scaling[_NAME]
-        return parameter(weight).float() + (change.T if layer.fan_in_fan_out else change)
+        return base(parameter).float() + (change.T if layer.fan_in_fan_out else change)
 
     return value
 

@@ -11,6 +11,7 @@ no such mask gets two plain sequences; :func:`choose_layout` finds out by trying
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,12 +74,21 @@ class ForwardBatch:
     is_token: torch.Tensor | None = None
 
 
-def load_policy(path: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
-    """A causal language model for training: no cache, no dropout (its log-probabilities must be the sampler's)."""
+def load_policy(
+    path: str, dtype: torch.dtype, *, trust_remote_code: bool = False, quantized_on: torch.device | None = None
+) -> nn.Module:
+    """A causal language model for training: no cache, no dropout (its log-probabilities must be the sampler's).
+
+    With ``quantized_on`` a device, it lies there, and its linear layers but the output head have 4 bits a weight
+    (double-quantized NF4, as QLoRA has them, arXiv 2305.14314), to be trained with an adapter.
+    """
     from transformers import AutoModelForCausalLM
 
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if quantized_on is not None:
+        options |= {"quantization_config": _nf4(dtype), "device_map": {"": quantized_on}}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from error
     model.config.use_cache = False
@@ -91,6 +101,14 @@ def load_policy(path: str, dtype: torch.dtype, *, trust_remote_code: bool = Fals
     return model
 
 
+def _nf4(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
 def checkpoint_gradients(model: Any) -> None:
     """Keep only the inputs of each layer for the backward pass, which computes the rest again.
 
@@ -101,12 +119,26 @@ def checkpoint_gradients(model: Any) -> None:
 
 
 def save_policy(model: nn.Module, state: dict[str, torch.Tensor], tokenizer_path: str, folder: Path) -> None:
-    """Write ``folder`` so that transformers and vLLM load it: weights as safetensors, configuration, tokenizer."""
+    """Write ``folder`` so that transformers and vLLM load it: weights as safetensors, configuration, tokenizer.
+
+    ``state`` holds whole weights, also of a quantized model.
+    """
     from transformers import AutoTokenizer
 
+    if getattr(model, "is_quantized", False):
+        model = _unquantized(model)
     model.config.use_cache = True  # type: ignore[union-attr]
     model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(folder)
+
+
+def _unquantized(model: Any) -> nn.Module:
+    """A model of the same shape without contents, which knows nothing of 4 bits."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        result: nn.Module = type(model)._from_config(config, dtype=config.dtype)
+    return result
 
 
 class PairModel(nn.Module):

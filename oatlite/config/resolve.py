@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -33,6 +34,7 @@ def resolve(config: Config, num_gpus: int, *, is_resumed: bool = False) -> Confi
     _check_gpus(config, num_gpus)
     resolved = Config.model_validate(_filled(config, num_gpus))
     _check_lora(resolved)
+    _check_quantization(resolved)
     _check_offload(resolved)
     _check_reference(resolved)
     _check_ranks(resolved)
@@ -137,13 +139,36 @@ def _check_gpus(config: Config, num_gpus: int) -> None:
 
 
 def _check_lora(config: Config) -> None:
-    if config.lora.rank == 0 and (config.lora.sync == "adapter" or config.lora.targets):
-        given = "lora.sync = adapter" if config.lora.sync == "adapter" else "lora.targets"
+    is_quantized = config.lora.quantize != "none"
+    if config.lora.rank == 0 and (config.lora.sync == "adapter" or config.lora.targets or is_quantized):
+        others = f"lora.quantize = {config.lora.quantize}" if is_quantized else "lora.targets"
+        given = "lora.sync = adapter" if config.lora.sync == "adapter" else others
         raise ConfigError(f"{given} is for an adapter, and there is none", f"type {to_type('lora.rank', 16)}")
     if config.lora.sync == "adapter" and config.lora.rank > MAX_ADAPTER_RANK:
         raise ConfigError(
             f"lora.rank = {config.lora.rank}, and vLLM takes adapters up to rank {MAX_ADAPTER_RANK}",
             f"type {to_type('lora.rank', MAX_ADAPTER_RANK)} or {to_type('lora.sync', 'merged')}",
+        )
+
+
+def _check_quantization(config: Config) -> None:
+    if config.lora.quantize == "none":
+        return
+    off = f"type {to_type('lora.quantize', 'none')}"
+    if not config.placement.gpus:
+        raise ConfigError("lora.quantize = nf4 is for GPUs, and this run has none", f"{off} on the CPU")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("lora.quantize = nf4 needs bitsandbytes, which is not installed", "pip install bitsandbytes")
+    if config.learner.zero_stage == 3:
+        raise ConfigError(
+            "lora.quantize = nf4 with learner.zero_stage = 3: quantized weights cannot be cut up among ranks",
+            f"type {to_type('learner.zero_stage', 2)}",
+        )
+    if config.lora.sync == "adapter":
+        raise ConfigError(
+            "lora.quantize = nf4 with lora.sync = adapter: the actors' base is not rounded to 4 bits, and would "
+            "sample by another policy",
+            f"type {to_type('lora.sync', 'merged')}",
         )
 
 

@@ -141,6 +141,9 @@ class LoraConfig(Section):
     targets: tuple[str, ...] = Field(
         (), description='layers by the end of their names, as in ["q_proj", "v_proj"]; none: all linear ones'
     )
+    quantize: Literal["none", "nf4"] = Field(
+        "none", description="nf4: keep the frozen weights in 4 bits (QLoRA, arXiv 2305.14314); on GPUs only"
+    )
     sync: Literal["merged", "adapter"] = Field(
         "merged", description="send whole weights with the adapter in them, or the adapter alone"
     )

@@ -61,7 +61,7 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     """Load, meet the other ranks and the actors, run the loop, write the final policy."""
     config = spec.config
     torch.set_num_threads(spec.threads)
-    device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
+    device = _device(spec)
     ranks = _ranks(spec, device)
     lifeline.stage("starting", "model")
     algorithm = build_algorithm(config.algorithm)
@@ -169,7 +169,8 @@ def _halves(
 
 def _load_policy(spec: WorkerSpec) -> tuple[PairModel, dict[str, dict[str, Published]]]:
     """The policy, with its adapter if it has one, and what can be sent of it by the ways of ``lora.sync``."""
-    policy = PairModel(_load(spec.config, spec.config.model.path))
+    quantized_on = _device(spec) if spec.config.lora.quantize != "none" else None
+    policy = PairModel(_load(spec.config, spec.config.model.path, quantized_on))
     adapter = adapter_of(spec.config.lora)
     if adapter is None:
         return policy, {"merged": all_parameters(policy.model)}
@@ -199,9 +200,18 @@ def _ranks(spec: WorkerSpec, device: torch.device) -> Ranks:
     )
 
 
-def _load(config: Config, path: str | None) -> torch.nn.Module:
+def _device(spec: WorkerSpec) -> torch.device:
+    return torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
+
+
+def _load(config: Config, path: str | None, quantized_on: torch.device | None = None) -> torch.nn.Module:
     assert path is not None
-    return load_policy(path, DTYPES[config.model.dtype], trust_remote_code=config.model.trust_remote_code)
+    return load_policy(
+        path,
+        DTYPES[config.model.dtype],
+        trust_remote_code=config.model.trust_remote_code,
+        quantized_on=quantized_on,
+    )
 
 
 def _reference(

@@ -130,6 +130,19 @@ def test_what_cannot_be_offloaded(sets: list[str], words: str) -> None:
     resolved(sets=["learner.optimizer_offload=true", "learner.parameter_offload=true", "learner.zero_stage=3"])
 
 
+@pytest.mark.parametrize(
+    ("num_gpus", "sets", "words"),
+    [
+        (0, ["lora.rank=8"], "is for GPUs, and this run has none"),
+        (1, [], "there is none; type --lora-rank 16"),
+        (1, ["lora.rank=8", "learner.zero_stage=3"], "--set learner.zero_stage=2"),
+        (1, ["lora.rank=8", "lora.sync=adapter"], "--set lora.sync=merged"),
+    ],
+)
+def test_what_cannot_be_quantized(num_gpus: int, sets: list[str], words: str) -> None:
+    assert words in refused(num_gpus, sets=["lora.quantize=nf4", *sets])
+
+
 def test_weights_go_by_cuda_ipc_where_every_actor_is_on_its_learners_gpu() -> None:
     def transport(num_gpus: int, **placement: int) -> str:
         flags = {f"placement.{key}": value for key, value in ({"gpus": num_gpus} | placement).items()}

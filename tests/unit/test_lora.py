@@ -143,6 +143,49 @@ def test_in_bfloat16_the_adapter_is_added_before_anything_is_rounded():
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.fixture
+def quantized(tmp_path):
+    """A policy in 4 bits with an adapter that has moved. The CPU stands for the GPU that such runs are for; in training
+    mode, because outside of it bitsandbytes' CPU kernels repack the weights and round what they multiply."""
+    path = save_model(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    model = load_policy(path, torch.float32, quantized_on=torch.device("cpu"))
+    add_adapter(model, OPTIONS, 0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return path, model.train()
+
+
+def test_a_quantized_base_is_published_as_what_it_computes_with(quantized, tmp_path):
+    path, model = quantized
+    whole = load_policy(path, torch.float32)
+    published = merged_parameters(model)
+    assert {name: one.shape for name, one in published.items()} == {
+        name: tuple(parameter.shape) for name, parameter in whole.named_parameters()
+    }
+    found = values(model, published)
+    save_policy(model, found, path, tmp_path / "merged")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not hasattr(again.config, "quantization_config") and again.dtype == torch.float32
+    torch.testing.assert_close(logits(again.eval()), logits(model), rtol=1e-3, atol=1e-3)
+    with adapter_off(model):
+        assert not torch.allclose(logits(again), logits(model), rtol=1e-2, atol=1e-2)
+        assert not torch.allclose(logits(whole.eval()), logits(model), rtol=1e-3, atol=1e-3), "nothing was rounded"
+
+
+def test_only_the_adapter_of_a_quantized_policy_learns(quantized):
+    _, model = quantized
+    assert {name.rpartition(".")[0][-14:] for name, p in model.named_parameters() if p.requires_grad} == {
+        "lora_A.default", "lora_B.default"
+    }  # fmt: skip
+    before = logits(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert not torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("target", ["query", "lm_head", "embed_tokens"])
 def test_a_target_that_cannot_be_is_one_line_with_those_that_can(target, tied):
