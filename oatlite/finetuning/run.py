@@ -14,11 +14,11 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from oatlite.errors import BY_EXIT_CODE, CheckpointError, ConfigError, OatliteError, StorageError, WorkerDied
+from oatlite.finetuning.options import COMPLETE, Habits, RankSpec, TuningOptions, TuningResult
 from oatlite.launcher import LocalLauncher, Worker
 from oatlite.output_folder import complete_or_absent
 
@@ -26,107 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from oatlite.fitting import Report
-
-Task = Literal["policy", "reward model"]
-COMPLETE = "complete"  # a file in a checkpoint that was written to its end
 _ORIGIN = "training.json"
 _POLL_S = 0.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TuningOptions:
-    """Everything that the weights depend on, rows apart. ``batch_size`` counts rows (packed ones, with ``packing``)
-    of one step over all ranks, ``micro_batch_size`` those of one forward pass of a rank.
-
-    ``steps`` ends training before the epochs do. ``zero_stage`` None means no DeepSpeed.
-    """
-
-    task: Task
-    model: str
-    epochs: int
-    steps: int | None = None
-    lr: float
-    batch_size: int
-    micro_batch_size: int
-    max_tokens: int
-    packing: bool = False
-    lora_rank: int = 0
-    zero_stage: int | None = None
-    gradient_checkpointing: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    ranks: int = 1
-    use_cpu: bool = True
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Habits:
-    """What no weight depends on: steps between evaluations (0: only at the end) and between checkpoints, and wandb."""
-
-    eval_every: int = 0
-    save_every: int = 500
-    wandb: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankSpec:
-    """What one rank is told. ``folder`` is where rank 0 puts the model, ``private`` where ranks and parent meet."""
-
-    options: TuningOptions
-    habits: Habits
-    folder: str
-    private: str
-    checkpoints: str
-    resume_from: str | None
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self)))
-
-    @staticmethod
-    def read(path: Path) -> RankSpec:
-        raw = json.loads(path.read_text())
-        options, habits = TuningOptions(**raw.pop("options")), Habits(**raw.pop("habits"))
-        return RankSpec(options=options, habits=habits, **raw)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TuningResult:
-    """``held_out`` is the loss in nats per trained token of a policy, the accuracy of a reward model."""
-
-    held_out: float
-    num_parameters: int
-
-
-def split_batch(batch_size: int, micro_batch_size: int | None, ranks: int) -> int:
-    """Rows of one forward pass of a rank: as asked, or the largest up to 8 that divides a rank's share of a step.
-
-    Raises ConfigError where a step does not divide.
-    """
-    if batch_size % ranks:
-        raise ConfigError(
-            f"--batch-size {batch_size} does not divide by {ranks} ranks",
-            f"give a multiple of {ranks}, such as --batch-size {-(-batch_size // ranks) * ranks}",
-        )
-    share = batch_size // ranks
-    if micro_batch_size is None:
-        return max(size for size in range(1, min(8, share) + 1) if share % size == 0)
-    if share % micro_batch_size:
-        raise ConfigError(
-            f"--batch-size {batch_size} is no multiple of {ranks} x --micro-batch-size {micro_batch_size}",
-            f"give --batch-size {-(-batch_size // (ranks * micro_batch_size)) * ranks * micro_batch_size}",
-        )
-    return micro_batch_size
-
-
-def place(gpus: int | None, learners: int | None, num_available: int) -> tuple[int, bool]:
-    """How many ranks train, and whether on the CPU: one per GPU, or one on the CPU. Raises ConfigError."""
-    if gpus is not None and gpus > num_available:
-        there = "there is none" if not num_available else f"there are {num_available}"
-        raise ConfigError(f"--gpus {gpus}: {there}", f"give --gpus {num_available}")
-    chosen = num_available if gpus is None else gpus
-    if chosen and learners is not None and learners > chosen:
-        raise ConfigError(f"--learners {learners} is more than {chosen} GPUs", f"give --learners {chosen}, or --gpus 0")
-    return learners or max(1, chosen), chosen == 0
 
 
 def checkpoints_of(output: Path) -> Path:
@@ -175,16 +76,22 @@ def finetune(
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         (checkpoints / _ORIGIN).write_text(json.dumps(origin))
-        with complete_or_absent(output) as folder, LocalLauncher("oatlite-") as launcher:
+        # Within the checkpoints, so that a training that is killed leaves one folder and no other.
+        model = checkpoints / "model"
+        shutil.rmtree(model, ignore_errors=True)
+        with LocalLauncher("oatlite-") as launcher:
             spec = RankSpec(
                 options=options,
                 habits=habits,
-                folder=str(folder),
+                folder=str(model),
                 private=str(launcher.private_dir),
                 checkpoints=str(checkpoints),
                 resume_from=None if last is None else str(last),
             )
-            result = _run(training, held_out, spec, launcher, report)
+            result = _run(_packed(training, options), held_out, spec, launcher, report)
+        with complete_or_absent(output) as folder:
+            for path in model.iterdir():
+                path.rename(folder / path.name)
     except OSError as error:
         raise StorageError(f"cannot write beside {output}: {error.strerror or error}") from error
     finally:
@@ -192,6 +99,14 @@ def finetune(
             shutil.rmtree(checkpoints, ignore_errors=True)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return result
+
+
+def _packed(rows: Dataset, options: TuningOptions) -> Dataset:
+    if not options.packing:
+        return rows
+    from trl import pack_dataset
+
+    return pack_dataset(rows, options.max_tokens, "bfd")
 
 
 def _fingerprint(rows: Dataset) -> str:
@@ -215,14 +130,12 @@ def _check_origin(checkpoints: Path, origin: dict[str, Any]) -> None:
         )
 
 
-def _run(
-    training: Dataset, held_out: Dataset, spec: RankSpec, launcher: LocalLauncher, report: Report
-) -> TuningResult:
+def _run(training: Dataset, held_out: Dataset, spec: RankSpec, launcher: LocalLauncher, report: Report) -> TuningResult:
     import torch
 
     options = spec.options
     if options.ranks == 1 and options.zero_stage is None and (options.use_cpu or torch.cuda.device_count() == 1):
-        from oatlite.finetuning_rank import train_rank
+        from oatlite.finetuning.rank import train_rank
 
         return train_rank(training, held_out, spec, report)
     private = Path(spec.private)
@@ -231,7 +144,7 @@ def _run(
     spec.write(private / "spec.json")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)),
-        *("-m", "oatlite.finetuning_rank", str(private / "spec.json")),
+        *("-m", "oatlite.finetuning.rank", str(private / "spec.json")),
     ]
     worker = launcher.start(command, _environment(options), private / "ranks.log")
     _watch(worker, private, report)
@@ -243,7 +156,13 @@ def _environment(options: TuningOptions) -> dict[str, str]:
     # The launcher would give each rank one thread; a share of the cores is what a rank on the CPU can use.
     threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {"OMP_NUM_THREADS": str(threads), **os.environ, **loopback, "PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        **loopback,
+        "PYTHONPATH": path,
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
 
 
 def _watch(worker: Worker, private: Path, report: Report) -> None:

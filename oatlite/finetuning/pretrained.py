@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from oatlite.errors import ConfigError
+from oatlite.finetuning.options import TuningOptions
 from oatlite.sources import find_local, first_line
 from oatlite.tiny import PAD, TINY_NAMES
 
@@ -16,13 +24,44 @@ _FIX = f"name a model folder, a hub id or {' or '.join(TINY_NAMES)}"
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Raises ConfigError for what is no model with a tokenizer."""
-    folder = find_local(path, "the model")
-    if folder is not None and not (folder / "config.json").is_file():
-        raise ConfigError(f"--model {path} has no config.json", _FIX)
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # whatever a file of somebody else's raises
         raise ConfigError(f"--model {path} cannot be loaded: {first_line(error)}", _FIX) from error
+
+
+def check_model(path: str, max_tokens: int) -> None:
+    """Raise ConfigError if there is no model, or it has fewer positions than ``max_tokens``; loads no weights."""
+    folder = find_local(path, "the model")
+    if folder is not None and not (folder / "config.json").is_file():
+        raise ConfigError(f"--model {path} has no config.json", _FIX)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # whatever a file of somebody else's raises
+        raise ConfigError(f"--model {path} cannot be loaded: {first_line(error)}", _FIX) from error
+    check_positions(config, max_tokens)
+
+
+def load_base(options: TuningOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model as it is before training, and its tokenizer. Equal options give equal weights, new ones included."""
+    torch.manual_seed(options.seed)
+    # Frozen weights need no more precision than the forward pass has.
+    dtype = getattr(torch, options.dtype) if options.lora_rank else torch.float32
+    if options.task == "policy":
+        return load_pretrained(AutoModelForCausalLM, options.model, options.max_tokens, dtype=dtype)
+    model, tokenizer = load_pretrained(
+        AutoModelForSequenceClassification,
+        options.model,
+        options.max_tokens,
+        new_heads=("score",),
+        dtype=dtype,
+        num_labels=1,
+    )
+    if not hasattr(model, "score"):
+        raise ConfigError(f"--model {options.model} is no decoder", "name a decoder language model")
+    give_pad_token(model, tokenizer)
+    tokenizer.padding_side = "right"
+    return model, tokenizer
 
 
 def load_pretrained(
