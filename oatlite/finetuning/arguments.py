@@ -31,7 +31,8 @@ def training_arguments(spec: RankSpec) -> Any:
     common: dict[str, Any] = {
         "output_dir": spec.checkpoints,
         "run_name": Path(spec.checkpoints).stem,
-        "num_train_epochs": options.epochs,
+        "num_train_epochs": 1,  # the rows come in their order, which has all epochs in it
+        "train_sampling_strategy": "sequential",
         "max_steps": options.steps or -1,
         "per_device_train_batch_size": options.micro_batch_size,
         "gradient_accumulation_steps": options.batch_size // (options.micro_batch_size * options.ranks),

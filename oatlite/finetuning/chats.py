@@ -91,11 +91,22 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, where: s
 
 
 def _marked(tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
+    _require_offsets(tokenizer)
     try:
-        found = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+        found = tokenizer.apply_chat_template(
+            messages,
+            return_assistant_tokens_mask=True,
+            return_dict=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
     except Exception as error:  # as above
         raise ConfigError(f"{where}: the chat template refuses it: {first_line(error)}") from error
-    return list(found["input_ids"]), [bool(said) for said in found["assistant_masks"]]
+    is_said = [bool(said) for said in found["assistant_masks"]]
+    spans = found["offset_mapping"]
+    for i in range(1, len(spans)):
+        # Of a last character that is several tokens, the mask has the first alone.
+        is_said[i] |= is_said[i - 1] and tuple(spans[i]) == tuple(spans[i - 1])
+    return list(found["input_ids"]), is_said
 
 
 def _compared(tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
@@ -113,12 +124,16 @@ def _compared(tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str
                 "mark them with {% generation %} in the template, or bring conversations of one turn as text",
             )
         turns.append((len(before), len(after)))
-    if not tokenizer.is_fast:
-        raise ConfigError("the tokenizer does not say where its tokens begin", "bring one with a tokenizer.json")
+    _require_offsets(tokenizer)
     # As a whole, because that is how a conversation is tokenized when an answer is sampled.
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     is_said = [any(first <= start < end for first, end in turns) for start, _ in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), is_said
+
+
+def _require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.is_fast:
+        raise ConfigError("the tokenizer does not say where its tokens begin", "bring one with a tokenizer.json")
 
 
 def _with_ends(tokens: Sequence[int], is_said: Sequence[bool], eos: int) -> list[bool]:

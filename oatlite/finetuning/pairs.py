@@ -81,7 +81,8 @@ def _encode(
         yield from _encode_conversations(table, f"split {split} of {source}", keys, tokenizer)
         return
     else:
-        pairs = text_columns(table, source, [keys.prompt, keys.chosen, keys.rejected])
+        texts = text_columns(table, source, [keys.prompt, keys.chosen, keys.rejected])
+        pairs = [(prompt, chosen, rejected) for prompt, chosen, rejected in texts]
     for prompt, chosen, rejected in pairs:
         better, worse = (_joined(*encode(tokenizer, prompt, text)) for text in (chosen, rejected))
         yield prompt, better, worse

@@ -22,6 +22,7 @@ from datasets import Dataset
 from oatlite.errors import ConfigError, OatliteError, StorageError
 from oatlite.finetuning.arguments import training_arguments
 from oatlite.finetuning.options import RankSpec, TuningResult
+from oatlite.finetuning.order import training_order
 from oatlite.finetuning.pretrained import load_base
 from oatlite.finetuning.saving import adapter_config, save
 from oatlite.finetuning.trainers import Watcher, trainer_class
@@ -37,7 +38,7 @@ def train_rank(training: Dataset, held_out: Dataset, spec: RankSpec, report: Rep
     Raises ConfigError, CheckpointError and StorageError.
     """
     with _quiet():
-        trainer = _make_trainer(training, held_out, spec, report)
+        trainer = make_trainer(training, held_out, spec, report)
         try:
             trainer.train(resume_from_checkpoint=spec.resume_from)
         except OSError as error:
@@ -51,18 +52,20 @@ def train_rank(training: Dataset, held_out: Dataset, spec: RankSpec, report: Rep
         return TuningResult(held_out=metric, num_parameters=num_parameters)
 
 
-def _make_trainer(training: Dataset, held_out: Dataset, spec: RankSpec, report: Report) -> Any:
+def make_trainer(training: Dataset, held_out: Dataset, spec: RankSpec, report: Report) -> Any:
     from transformers import PrinterCallback
 
     options = spec.options
     arguments = training_arguments(spec)  # first of all, because ZeRO-3 loads models in parts once they exist
     model, tokenizer = load_base(options)
     callback = Watcher(spec, report)
+    lengths = [max(map(len, row)) for row in zip(*(training[name] for name in training.column_names), strict=True)]
+    order = training_order(lengths, epochs=options.epochs, batch_size=options.batch_size, seed=options.seed)
     adapter = {"peft_config": adapter_config(options)} if options.lora_rank else {}
     trainer = trainer_class(options)(
         model=model,
         args=arguments,
-        train_dataset=training,
+        train_dataset=training.select(order),
         processing_class=tokenizer,
         callbacks=[callback],
         **adapter,
@@ -109,8 +112,8 @@ def main(path: str) -> int:
                 progress.write(json.dumps([stage, done, total, figures]) + "\n")
 
     try:
-        parts = (Dataset.load_from_disk(str(private / name)) for name in ("training", "held-out"))
-        result = train_rank(*parts, spec, report)
+        training, held_out = (Dataset.load_from_disk(str(private / name)) for name in ("training", "held-out"))
+        result = train_rank(training, held_out, spec, report)
         if rank == 0:
             (private / "result.json").write_text(json.dumps(dataclasses.asdict(result)))
     except OatliteError as error:

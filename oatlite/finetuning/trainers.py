@@ -110,8 +110,8 @@ class _PolicyMeasure:
                 inputs = {"input_ids": [tokens], "labels": [tokens], "position_ids": [positions]}
                 tensors = {key: torch.tensor(value, device=self.accelerator.device) for key, value in inputs.items()}
                 found.append(model(**tensors, use_cache=False, fused_lm_head=True).log_probs[0, len(first) :])
-            tokens = torch.tensor([second], device=self.accelerator.device)
-            alone = model(input_ids=tokens, labels=tokens, use_cache=False, fused_lm_head=True).log_probs[0]
+            only = torch.tensor([second], device=self.accelerator.device)
+            alone = model(input_ids=only, labels=only, use_cache=False, fused_lm_head=True).log_probs[0]
         is_precise = self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
         leaks = not torch.allclose(found[0], found[1], atol=1e-4)
         differs = not torch.allclose(found[0], alone, atol=1e-3 if is_precise else 0.5)
@@ -142,7 +142,7 @@ class _RewardMeasure:
         return self._mean(sums)
 
 
-class Watcher(TrainerCallback):
+class Watcher(TrainerCallback):  # type: ignore[misc]
     """Progress, evaluation and checkpoints at their steps, and the end of a training that diverges."""
 
     def __init__(self, spec: RankSpec, report: Report) -> None:
