@@ -26,6 +26,8 @@ def training_arguments(spec: RankSpec) -> Any:
 
         import_deepspeed(torch.device("cpu" if options.use_cpu else "cuda"))
         deepspeed = _deepspeed_config(options)
+        if options.use_cpu:
+            _meet_by_gloo()
     # DeepSpeed finds the CPU by itself; told of it, the libraries around it would leave DeepSpeed out.
     use_cpu = options.use_cpu and deepspeed is None
     common: dict[str, Any] = {
@@ -44,6 +46,7 @@ def training_arguments(spec: RankSpec) -> Any:
         "bf16": options.dtype == "bfloat16",
         "use_cpu": use_cpu,
         "ddp_backend": "gloo" if use_cpu and options.ranks > 1 else None,
+        "accelerator_config": {"use_configured_state": options.use_cpu and deepspeed is not None},
         "deepspeed": deepspeed,
         "gradient_checkpointing": options.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if options.gradient_checkpointing else None,
@@ -66,6 +69,15 @@ def training_arguments(spec: RankSpec) -> Any:
         packing=options.packing,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+
+
+def _meet_by_gloo() -> None:
+    """With DeepSpeed on a CPU: left to itself, accelerate finds no backend there and takes each rank for the only one."""
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
 
 
 def _deepspeed_config(options: TuningOptions) -> dict[str, Any]:
