@@ -72,7 +72,7 @@ def training_arguments(spec: RankSpec) -> Any:
 
 
 def _meet_by_gloo() -> None:
-    """With DeepSpeed on a CPU: left to itself, accelerate finds no backend there and takes each rank for the only one."""
+    """With DeepSpeed on a CPU: accelerate by itself finds no backend there, and takes each rank for the only one."""
     from accelerate import PartialState
 
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import json
-import logging
 import math
 import os
 import signal
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 
-from oatlite.errors import ConfigError, OatliteError, StorageError
+from oatlite.errors import ConfigError, OatliteError, StorageError, WorkerDied
 from oatlite.finetuning.arguments import training_arguments
 from oatlite.finetuning.options import RankSpec, TuningResult
 from oatlite.finetuning.order import training_order
 from oatlite.finetuning.pretrained import load_base
+from oatlite.finetuning.quiet import quiet
 from oatlite.finetuning.saving import adapter_config, save
 from oatlite.finetuning.trainers import Watcher, trainer_class
 from oatlite.fitting import Report
@@ -37,13 +34,17 @@ def train_rank(training: Dataset, held_out: Dataset, spec: RankSpec, report: Rep
 
     Raises ConfigError, CheckpointError and StorageError.
     """
-    with _quiet():
+    with quiet():
         trainer = make_trainer(training, held_out, spec, report)
         try:
             trainer.train(resume_from_checkpoint=spec.resume_from)
         except OSError as error:
-            raise StorageError(
-                f"a checkpoint cannot be written or read: {error.strerror or first_line(error)}"
+            why = error.strerror or first_line(error)
+            raise StorageError(f"a checkpoint cannot be written or read: {why}") from error
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"the memory of {torch.cuda.get_device_name()} is full",
+                "give a lower --micro-batch-size or --max-tokens",
             ) from error
         metric = trainer.measure()
         if not math.isfinite(metric):
@@ -76,29 +77,6 @@ def make_trainer(training: Dataset, held_out: Dataset, spec: RankSpec, report: R
     return trainer
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The libraries' warnings and bars are about their own defaults, which nobody who reads our screen has chosen."""
-    import datasets.utils
-    from transformers.utils import logging as hf_logging
-
-    level, had_bars = hf_logging.get_verbosity(), not datasets.utils.are_progress_bars_disabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    datasets.utils.disable_progress_bars()
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        hf_logging.set_verbosity(level)
-        hf_logging.enable_progress_bar()
-        if had_bars:
-            datasets.utils.enable_progress_bars()
-
-
 def main(path: str) -> int:
     """Run one rank of several on a written :class:`RankSpec`; an error goes into a file of its own."""
     # The elastic launcher puts each rank into a session of its own; without this a rank would outlive it.
@@ -117,13 +95,20 @@ def main(path: str) -> int:
         if rank == 0:
             (private / "result.json").write_text(json.dumps(dataclasses.asdict(result)))
     except OatliteError as error:
-        told = {"exit_code": error.exit_code, "message": error.message, "fix": error.fix}
-        (private / f"error-{rank}.json").write_text(json.dumps(told))
+        _tell(error, private / f"error-{rank}.json")
         return error.exit_code
+    except Exception as error:  # the libraries' own; a traceback goes into the log
+        failure = WorkerDied(f"rank {rank} failed: {type(error).__name__}: {first_line(error)}")
+        _tell(failure, private / f"error-{rank}.json")
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
+
+
+def _tell(error: OatliteError, path: Path) -> None:
+    path.write_text(json.dumps({"exit_code": error.exit_code, "message": error.message, "fix": error.fix}))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from oatlite.errors import BY_EXIT_CODE, CheckpointError, ConfigError, OatliteError, StorageError, WorkerDied
 from oatlite.finetuning.options import COMPLETE, Habits, RankSpec, TuningOptions, TuningResult
+from oatlite.finetuning.quiet import quiet
 from oatlite.launcher import LocalLauncher, Worker
 from oatlite.output_folder import complete_or_absent
 
@@ -106,7 +107,8 @@ def _packed(rows: Dataset, options: TuningOptions) -> Dataset:
         return rows
     from trl import pack_dataset
 
-    return pack_dataset(rows, options.max_tokens, "bfd")
+    with quiet():
+        return pack_dataset(rows, options.max_tokens, "bfd")
 
 
 def _fingerprint(rows: Dataset) -> str:
@@ -139,8 +141,9 @@ def _run(training: Dataset, held_out: Dataset, spec: RankSpec, launcher: LocalLa
 
         return train_rank(training, held_out, spec, report)
     private = Path(spec.private)
-    training.save_to_disk(private / "training")
-    held_out.save_to_disk(private / "held-out")
+    with quiet():
+        training.save_to_disk(private / "training")
+        held_out.save_to_disk(private / "held-out")
     spec.write(private / "spec.json")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)),
@@ -179,8 +182,10 @@ def _watch(worker: Worker, private: Path, report: Report) -> None:
         time.sleep(_POLL_S)
     if code == 0:
         return
-    for path in sorted(private.glob("error-*.json")):
-        raise _error(json.loads(path.read_text()))
+    told = [_error(json.loads(path.read_text())) for path in sorted(private.glob("error-*.json"))]
+    if told:
+        # A rank that stopped for a reason of its own takes others down, whose connections break.
+        raise next((error for error in told if not isinstance(error, WorkerDied)), told[0])
     log = [line for line in (private / "ranks.log").read_text(errors="replace").splitlines() if line.strip()]
     said = next((line for line in reversed(log) if "Error" in line), log[-1] if log else "nothing was logged")
     raise WorkerDied(f"a rank ended for good: {said[:300]}", "give fewer rows by --micro-batch-size if memory ran out")

@@ -116,7 +116,7 @@ def test_plain_text_with_packing_lowers_the_held_out_loss(base: Path, tmp_path: 
     assert after < before - 1
     model, tokenizer = AutoModelForCausalLM.from_pretrained(outputs[1]), AutoTokenizer.from_pretrained(outputs[1])
     ids = torch.tensor([tokenizer("Roses are red. ")["input_ids"] + [tokenizer.eos_token_id]])
-    assert float(model(input_ids=ids, labels=ids).loss) < before - 1
+    assert model(input_ids=ids, labels=ids).loss.item() < before - 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["at-1e-9", "at-3e-3", "texts.jsonl"]
 
 

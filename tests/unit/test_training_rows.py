@@ -185,9 +185,7 @@ def test_texts_are_laid_out_as_the_oracle_scores_them(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "chosen": f"yes {i}", "rejected": " no"} for i in range(8)]
     apart, found = pairs_of(write(tmp_path / "rows.jsonl", rows), oracle.tokenizer)
     assert not apart.is_chat
-    expected = {
-        tuple(map(tuple, oracle.encode([row["prompt"]] * 2, [row["chosen"], row["rejected"]]))) for row in rows
-    }
+    expected = {tuple(map(tuple, oracle.encode([row["prompt"]] * 2, [row["chosen"], row["rejected"]]))) for row in rows}
     assert {(tuple(row["chosen_ids"]), tuple(row["rejected_ids"])) for row in found} == expected
 
 
