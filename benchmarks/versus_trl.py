@@ -14,7 +14,7 @@ float32 copy of the weights, which oatlite keeps. All prompts have one length, s
 Beside it stands what each of oatlite's stages must compute at least, and which share of the rate of a large matrix
 product in that type it reaches.
 
-    pip install -e '.[cpu,bench]'
+    pip install -e '.[cpu]'
     python benchmarks/versus_trl.py [--models 5M-float32,116M-bfloat16] [--steps 4] [--trl-steps 2]
 """
 
@@ -31,7 +31,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -376,8 +375,6 @@ def main() -> int:
     parser.add_argument("--trl-steps", type=int, default=2, help="measured steps of TRL")
     parser.add_argument("--trl-side", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if find_spec("trl") is None:
-        sys.exit("TRL is missing: pip install -e '.[cpu,bench]'")
     if arguments.trl_side:
         name, num_steps, folder = arguments.trl_side.split(",")
         trl_side(name, int(num_steps), Path(folder))

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 MODEL, DATA, TRAINING = "Model", "Data", "Training"
+VOCAB_SIZE = 4096
 SMALL = 50_000_000
 """Parameters of a network that needs a higher learning rate than the commands' defaults."""
 
@@ -31,7 +32,14 @@ Model = Annotated[
     ),
 ]
 VocabSize = Annotated[
-    int, typer.Option("--vocab-size", help="tokens of a tokenizer from scratch", min=258, rich_help_panel=MODEL)
+    int | None,
+    typer.Option(
+        "--vocab-size",
+        help=f"tokens of a tokenizer from scratch; default: {VOCAB_SIZE}",
+        min=258,
+        rich_help_panel=MODEL,
+        show_default=False,
+    ),
 ]
 Data = Annotated[
     str,
@@ -49,7 +57,7 @@ Rate = Annotated[
     float | None,
     typer.Option(
         "--lr",
-        help="peak learning rate; default: 1e-3 from scratch, else 1e-5",
+        help="peak learning rate; default: 1e-3 from scratch, 1e-4 with --lora-rank, else 1e-5",
         callback=_rate,
         rich_help_panel=TRAINING,
         show_default=False,

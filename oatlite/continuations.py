@@ -43,10 +43,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tuple[
 
     Raises ConfigError for a tokenizer without EOS.
     """
+    eos = require_eos(tokenizer)
+    response = tokenizer(join(prompt, text), add_special_tokens=False)["input_ids"]
+    return tokenizer(prompt)["input_ids"], [*response, eos]
+
+
+def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The EOS token's id. Raises ConfigError for a tokenizer without one."""
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no EOS token", "set eos_token in its tokenizer_config.json")
-    response = tokenizer(join(prompt, text), add_special_tokens=False)["input_ids"]
-    return tokenizer(prompt)["input_ids"], [*response, tokenizer.eos_token_id]
+    return int(tokenizer.eos_token_id)
 
 
 def pad_right(sequences: Sequence[Sequence[float]], value: float, device: torch.device) -> torch.Tensor:

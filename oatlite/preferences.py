@@ -195,12 +195,7 @@ class _Reader:
                 f"{where}: {self.data.chosen_key} and {self.data.rejected_key} are {kinds}",
                 "they must both be text or both lists of messages with role, content",
             )
-        before: list[dict[str, str]] = []
-        if is_conversation(prompt) and chosen[: len(prompt)] != prompt:
-            before = prompt
-        elif isinstance(prompt, str) and chosen[0]["role"] == "assistant":
-            before = [{"role": "user", "content": prompt}]
-        whole = [[*before, *answer] for answer in (chosen, rejected)]
+        whole = whole_conversations(prompt, chosen, rejected)
         num_common = next((i for i, (a, b) in enumerate(zip(*whole, strict=False)) if a != b), len(whole[0]) - 1)
         if any([message["role"] for message in each[num_common:]] != ["assistant"] for each in whole) or not num_common:
             raise ConfigError(
@@ -259,6 +254,18 @@ class _Reader:
         array = np.asarray([*ids, eos], np.int32)
         ends = np.flatnonzero(array[:-1] == eos)
         return array[: ends[-1] + 1] if len(ends) else array
+
+
+def whole_conversations(
+    prompt: Any, chosen: list[dict[str, str]], rejected: list[dict[str, str]]
+) -> list[list[dict[str, str]]]:
+    """Both conversations from their beginning, also where the ``prompt``, a text or messages, is apart from them."""
+    before: list[dict[str, str]] = []
+    if is_conversation(prompt) and chosen[: len(prompt)] != prompt:
+        before = prompt
+    elif isinstance(prompt, str) and chosen[0]["role"] == "assistant":
+        before = [{"role": "user", "content": prompt}]
+    return [[*before, *answer] for answer in (chosen, rejected)]
 
 
 def _join(prompt: str, answer: str) -> str:

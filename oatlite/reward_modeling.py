@@ -1,4 +1,4 @@
-"""Training of a reward model on preferences (Bradley-Terry): what ``oatlite reward-model`` does."""
+"""Training of a small reward model from scratch: what ``oatlite reward-model --model tiny-llama`` does."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from oatlite.errors import ConfigError
 from oatlite.fitting import Report, Schedule, fit, token_batches
 from oatlite.output_folder import complete_or_absent
 from oatlite.reward_loss import EncodedRanking, bradley_terry, can_share_prompts, count_correct
-from oatlite.supervised import load_pretrained, place
-from oatlite.tiny import DEFAULT_SHAPE, PAD, TinyShape, is_tiny, new_tiny_model, tiny_config, train_bpe
+from oatlite.tiny import DEFAULT_SHAPE, TinyName, TinyShape, check_positions, new_tiny_model, tiny_config, train_bpe
 
 _MAX_PAIRS = 4  # in one ranking: more would make the shared sequence long
 
@@ -32,17 +31,14 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardOptions:
-    """``lr`` and ``prefix_weight`` default by ``model``: 1e-3 and 1 from scratch, 1e-5 and 0 otherwise.
+    """``prefix_weight`` is the weight of comparing prefixes beside that of comparing whole texts; ``steps`` ends
+    training before the epochs do."""
 
-    ``prefix_weight`` is the weight of comparing prefixes beside that of comparing whole texts. ``steps`` ends
-    training before the epochs do. ``shape`` and ``vocab_size`` belong to a network from scratch.
-    """
-
-    model: str
+    model: TinyName
     epochs: int = 1
     steps: int | None = None
-    lr: float | None = None
-    prefix_weight: float | None = None
+    lr: float = 1e-3
+    prefix_weight: float = 1.0
     batch_tokens: int = 4096
     max_tokens: int = 512
     vocab_size: int = 4096
@@ -84,12 +80,15 @@ def rank_pairs(pairs: Iterable[tuple[str, str, str]]) -> list[Ranking]:
 
 
 def rank_references(rows: Sequence[tuple[str, str]], seed: int) -> list[Ranking]:
-    """Each row's reference before that of another row, drawn by ``seed``. Raises ConfigError if all are equal."""
+    """:func:`reference_pairs` by prompt. Raises ConfigError if all are equal."""
+    return rank_pairs(reference_pairs(rows, seed))
+
+
+def reference_pairs(rows: Sequence[tuple[str, ...]], seed: int) -> list[tuple[str, str, str]]:
+    """Of each (prompt, reference) the prompt, the reference and that of another row, drawn by ``seed``."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     partners = dict(zip(order, [*order[1:], order[0]], strict=True))
-    return rank_pairs(
-        (prompt, join(prompt, text), join(prompt, rows[partners[i]][1])) for i, (prompt, text) in enumerate(rows)
-    )
+    return [(prompt, join(prompt, text), join(prompt, rows[partners[i]][1])) for i, (prompt, text) in enumerate(rows)]
 
 
 def train_reward_model(
@@ -98,27 +97,25 @@ def train_reward_model(
     """Train on comparisons and leave an ``AutoModelForSequenceClassification`` folder with one label at ``output``.
 
     A text is scored as prompt, response (tokenized apart) and EOS. Equal rankings, options and thread counts give
-    equal weights. Raises ConfigError when the model cannot be loaded or no comparison fits, StorageError when
-    ``output`` cannot be written.
+    equal weights. Raises ConfigError when no comparison fits, StorageError when ``output`` cannot be
+    written.
     """
     started = time.monotonic()
     torch.manual_seed(options.seed)
-    model, tokenizer = _load(rankings, options)
+    model, tokenizer = _new(rankings, options)
     encoded = [_encode(tokenizer, ranking) for ranking in rankings]
     kept = drop_long([ranking.longest for ranking in encoded], options.max_tokens)
     training, held_out = ([encoded[kept[i]] for i in part] for part in hold_out(len(kept), options.seed))
 
     # The longest one, because attention over a window agrees as long as everything fits into it.
     shared = can_share_prompts(model, max(training, key=lambda ranking: ranking.num_tokens(shared=True)))
-    weight = options.prefix_weight
-    weight = float(is_tiny(options.model)) if weight is None else weight
     generator = torch.Generator().manual_seed(options.seed)
     sizes = [ranking.num_tokens(shared=shared) for ranking in training]
     batches = [b for _ in range(options.epochs) for b in token_batches(sizes, options.batch_tokens, generator)]
-    schedule = Schedule(lr=(1e-3 if is_tiny(options.model) else 1e-5) if options.lr is None else options.lr)
+    schedule = Schedule(lr=options.lr)
 
     def loss_of(batch: list[int]) -> torch.Tensor:
-        return bradley_terry(model, [training[i] for i in batch], prefix_weight=weight, shared=shared)
+        return bradley_terry(model, [training[i] for i in batch], prefix_weight=options.prefix_weight, shared=shared)
 
     fit(model, batches[: options.steps], loss_of, schedule, report, "reward model")
     num_held_out = sum(len(ranking.wins) for ranking in held_out)
@@ -147,31 +144,15 @@ def _rank(prompt: str, pairs: Iterable[tuple[str, str]]) -> Ranking:
     return Ranking(prompt, tuple(places), wins)
 
 
-def _load(rankings: Sequence[Ranking], options: RewardOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if is_tiny(options.model):
-        texts = (ranking.prompt + text for ranking in rankings for text in ranking.texts)
-        tokenizer = train_bpe(texts, options.vocab_size)
-        config = tiny_config(options.model, tokenizer, options.shape)
-        config.num_labels = 1
-        model = new_tiny_model(AutoModelForSequenceClassification, config)
-    else:
-        model, tokenizer = load_pretrained(
-            AutoModelForSequenceClassification, options.model, new_heads=("score",), num_labels=1
-        )
-        if not hasattr(model, "score"):
-            raise ConfigError(f"--model {options.model} is no decoder", "name a decoder language model")
-        _give_pad_token(model, tokenizer)
+def _new(rankings: Sequence[Ranking], options: RewardOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    check_positions(options.max_tokens, options.shape)
+    texts = (ranking.prompt + text for ranking in rankings for text in ranking.texts)
+    tokenizer = train_bpe(texts, options.vocab_size)
+    config = tiny_config(options.model, tokenizer, options.shape)
+    config.num_labels = 1
+    model = new_tiny_model(AutoModelForSequenceClassification, config)
     tokenizer.padding_side = "right"
-    return place(model, options.max_tokens), tokenizer
-
-
-def _give_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that padding differs from EOS: the head scores the last token that is not padding, which is EOS."""
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": PAD})
-        if len(tokenizer) > model.config.vocab_size:
-            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, ranking: Ranking) -> EncodedRanking:

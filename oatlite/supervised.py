@@ -1,4 +1,4 @@
-"""Supervised training of a policy on prompts and reference answers: what ``oatlite sft`` does."""
+"""Supervised training of a small policy from scratch: what ``oatlite sft --model tiny-llama`` does."""
 
 from __future__ import annotations
 
@@ -7,34 +7,27 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from oatlite.continuations import drop_long, encode, hold_out, join, pad_right
 from oatlite.errors import ConfigError
 from oatlite.fitting import Report, Schedule, fit, token_batches
 from oatlite.output_folder import complete_or_absent
-from oatlite.sources import find_local, first_line
-from oatlite.tiny import DEFAULT_SHAPE, TINY_NAMES, TinyShape, is_tiny, new_tiny_model, tiny_config, train_bpe
+from oatlite.tiny import DEFAULT_SHAPE, TinyName, TinyShape, check_positions, new_tiny_model, tiny_config, train_bpe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisedOptions:
-    """``lr``, ``batch_tokens`` and ``prompt_weight`` default by ``model``: 1e-3, 1024 and 0.3 from scratch, 1e-5, 4096
-    and 0 otherwise.
+    """``prompt_weight`` is the weight of a prompt token's loss where a reference token has 1."""
 
-    ``prompt_weight`` is the weight of a prompt token's loss where a reference token has 1; ``shape`` and
-    ``vocab_size`` belong to a network from scratch.
-    """
-
-    model: str
+    model: TinyName
     epochs: int = 3
-    lr: float | None = None
-    batch_tokens: int | None = None
+    lr: float = 1e-3
+    batch_tokens: int = 1024
     max_tokens: int = 512
-    prompt_weight: float | None = None
+    prompt_weight: float = 0.3
     vocab_size: int = 4096
     shape: TinyShape = DEFAULT_SHAPE
     seed: int = 0
@@ -62,27 +55,25 @@ def train_policy(
 ) -> SupervisedResult:
     """Train on (prompt, reference) rows and leave a folder at ``output`` that transformers and vllm load.
 
-    Equal rows, options and thread counts give equal weights. Raises ConfigError when the model cannot be loaded or
-    no row fits, StorageError when ``output`` cannot be written.
+    Equal rows, options and thread counts give equal weights. Raises ConfigError when no row fits, StorageError
+    when ``output`` cannot be written.
     """
     started = time.monotonic()
     torch.manual_seed(options.seed)
-    model, tokenizer = _load(rows, options)
+    model, tokenizer = _new(rows, options)
     encoded = [_encode(tokenizer, *row) for row in rows]
     kept = drop_long([len(row.tokens) for row in encoded], options.max_tokens)
     training, held_out = hold_out(len(kept), options.seed)
     examples = [encoded[kept[i]] for i in training]
-    by_model = (1e-3, 1024, 0.3) if is_tiny(options.model) else (1e-5, 4096, 0.0)
-    given = (options.lr, options.batch_tokens, options.prompt_weight)
-    lr, batch_tokens, weight = (d if g is None else g for g, d in zip(given, by_model, strict=True))
+    weight = options.prompt_weight
 
     generator = torch.Generator().manual_seed(options.seed)
     lengths = [len(row.tokens) for row in examples]
-    batches = [b for _ in range(options.epochs) for b in token_batches(lengths, int(batch_tokens), generator)]
-    schedule = Schedule(lr=lr)
+    batches = [b for _ in range(options.epochs) for b in token_batches(lengths, options.batch_tokens, generator)]
+    schedule = Schedule(lr=options.lr)
     fit(model, batches, lambda batch: _loss(model, [examples[i] for i in batch], weight), schedule, report, "policy")
     result = SupervisedResult(
-        held_out_loss=_held_out_loss(model, [encoded[kept[i]] for i in held_out], int(batch_tokens)),
+        held_out_loss=_held_out_loss(model, [encoded[kept[i]] for i in held_out], options.batch_tokens),
         num_parameters=model.num_parameters(),
         num_rows=len(examples),
         num_dropped=len(rows) - len(kept),
@@ -96,45 +87,13 @@ def train_policy(
     return result
 
 
-def load_pretrained(
-    auto_class: Any, path: str, *, new_heads: tuple[str, ...] = (), **kwargs: object
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a float32 model of ``auto_class`` and its tokenizer; only modules of ``new_heads`` may be without weights.
-
-    Raises ConfigError for what is no such model.
-    """
-    fix = f"name a model folder, a hub id or {' or '.join(TINY_NAMES)}"
-    folder = find_local(path, "the model")
-    if folder is not None and not (folder / "config.json").is_file():
-        raise ConfigError(f"--model {path} has no config.json", fix)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **kwargs)
-    except Exception as error:  # whatever a file of somebody else's raises
-        raise ConfigError(f"--model {path} cannot be loaded: {first_line(error)}", fix) from error
-    missing = sorted(name for name in info["missing_keys"] if name.partition(".")[0] not in new_heads)
-    if missing:
-        raise ConfigError(f"--model {path} has no weights for {', '.join(missing[:3])}", "is it another kind of model?")
-    return model, tokenizer
-
-
-def place(model: PreTrainedModel, max_tokens: int) -> PreTrainedModel:
-    """Move a model to the accelerator if there is one. Raises ConfigError if it has fewer positions than tokens."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and max_tokens > limit:
-        raise ConfigError(f"--max-tokens {max_tokens} is more than the model's {limit} positions", "lower --max-tokens")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _load(
+def _new(
     rows: Sequence[tuple[str, str]], options: SupervisedOptions
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if is_tiny(options.model):
-        tokenizer = train_bpe((prompt + join(prompt, text) for prompt, text in rows), options.vocab_size)
-        model = new_tiny_model(AutoModelForCausalLM, tiny_config(options.model, tokenizer, options.shape))
-    else:
-        model, tokenizer = load_pretrained(AutoModelForCausalLM, options.model)
-    return place(model, options.max_tokens), tokenizer
+    check_positions(options.max_tokens, options.shape)
+    tokenizer = train_bpe((prompt + join(prompt, text) for prompt, text in rows), options.vocab_size)
+    model = new_tiny_model(AutoModelForCausalLM, tiny_config(options.model, tokenizer, options.shape))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, reference: str) -> _Row:

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from oatlite.errors import ConfigError
+
 TinyName = Literal["tiny-llama", "tiny-neox"]
 TINY_NAMES: tuple[TinyName, ...] = get_args(TinyName)
 
@@ -34,6 +36,13 @@ DEFAULT_SHAPE = TinyShape()
 
 def is_tiny(name: str) -> TypeGuard[TinyName]:
     return name in TINY_NAMES
+
+
+def check_positions(max_tokens: int, shape: TinyShape) -> None:
+    """Raise ConfigError if a row may have more tokens than a network of ``shape`` has positions."""
+    if max_tokens > shape.max_positions:
+        limit = shape.max_positions
+        raise ConfigError(f"--max-tokens {max_tokens} is more than the model's {limit} positions", "lower --max-tokens")
 
 
 def tiny_config(name: TinyName, tokenizer: PreTrainedTokenizerFast, shape: TinyShape | None = None) -> PretrainedConfig:

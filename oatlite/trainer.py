@@ -96,7 +96,7 @@ def join_ranks(ranks: Ranks) -> None:
     )
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -114,7 +114,7 @@ class Trainer:
     """
 
     def __init__(self, model: nn.Module, options: OptimizerOptions, ranks: Ranks) -> None:
-        deepspeed = _import_deepspeed(ranks.device)
+        deepspeed = import_deepspeed(ranks.device)
         if not dist.is_initialized():
             join_ranks(ranks)
         self._ranks = ranks

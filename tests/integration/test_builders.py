@@ -48,7 +48,7 @@ def policy(data: Path) -> Path:
 def reward_model(data: Path, policy: Path) -> Path:
     output = data.parent / "reward"
     train = ["reward-model", "--model", str(policy), "--data", str(data), "--output", str(output)]
-    assert main([*train, "--lr", "5e-4", "--batch-tokens", "512"]) == 0
+    assert main([*train, "--lr", "5e-4", "--batch-size", "8"]) == 0
     return output
 
 

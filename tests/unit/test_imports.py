@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = frozenset({"torch", "transformers", "vllm", "deepspeed", "zmq", "datasets", "wandb"})
+HEAVY = frozenset({"torch", "transformers", "vllm", "deepspeed", "zmq", "datasets", "wandb", "trl"})
 TORCH = frozenset({"torch"})
 HUGGING_FACE = frozenset({"torch", "transformers", "datasets"})
 
@@ -31,6 +31,7 @@ MAY_LOAD: dict[str, frozenset[str]] = {
     "oatlite.demo.build": HUGGING_FACE,
     "oatlite.engine": frozenset({"vllm", "torch", "transformers", "zmq"}),
     "oatlite.errors": frozenset(),
+    "oatlite.finetuning": HUGGING_FACE,
     "oatlite.fitting": TORCH,
     "oatlite.hardware": frozenset(),
     "oatlite.launcher": frozenset(),
@@ -53,16 +54,16 @@ MAY_LOAD: dict[str, frozenset[str]] = {
     "oatlite.sources": frozenset(),
     "oatlite.supervised": HUGGING_FACE,
     "oatlite.supervisor": frozenset({"zmq"}),
-    "oatlite.testing": HEAVY - {"vllm", "deepspeed", "wandb"},
+    "oatlite.testing": HEAVY - {"vllm", "deepspeed", "wandb", "trl"},
     "oatlite.tiny": HUGGING_FACE,
     "oatlite.trainer": frozenset({"torch", "deepspeed", "transformers"}),
     "oatlite.transport": frozenset({"zmq"}),
     "oatlite.weights": TORCH,
-    "oatlite.workers": HEAVY - {"vllm", "deepspeed", "wandb"},
+    "oatlite.workers": HEAVY - {"vllm", "deepspeed", "wandb", "trl"},
     "oatlite_cli": frozenset(),
 }
 
-ONLY_IN = {"zmq": "transport", "vllm": "engine", "deepspeed": "trainer", "wandb": "metrics"}
+ONLY_IN = {"zmq": "transport", "vllm": "engine", "deepspeed": "trainer", "wandb": "metrics", "trl": "finetuning"}
 ADAPTERS = frozenset({"transport", "weights", "engine", "trainer", "checkpoint", "metrics", "oracles", "data"})
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),

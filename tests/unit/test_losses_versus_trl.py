@@ -23,17 +23,16 @@ import math
 import numpy as np
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from small_folders import byte_tokenizer, config_of
 from transformers import AutoModelForCausalLM
+from trl.experimental import cpo
 
 from oatlite.algorithms.base import averages, sums
 from oatlite.maths import losses
 from oatlite.maths.pairs import ResponseLogprobs
 from oatlite.models import PairModel, TokenPair, lay_out
-
-trl = pytest.importorskip("trl", reason="TRL comes with the extra bench")
-cpo = pytest.importorskip("trl.experimental.cpo")
 
 PAIRS = [
     ("How long?", " Very, so.", " Not."),

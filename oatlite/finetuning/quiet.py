@@ -1,0 +1,31 @@
+"""No words of the libraries on a screen that is ours."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The libraries' warnings and bars are about their own defaults, which nobody who reads our screen has chosen."""
+    import datasets.utils
+    from transformers.utils import logging as hf_logging
+
+    level, had_bars = hf_logging.get_verbosity(), not datasets.utils.are_progress_bars_disabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    datasets.utils.disable_progress_bars()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        hf_logging.set_verbosity(level)
+        hf_logging.enable_progress_bar()
+        if had_bars:
+            datasets.utils.enable_progress_bars()

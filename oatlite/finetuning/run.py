@@ -1,0 +1,200 @@
+"""Training of a model that exists, by TRL: what ``sft`` and ``reward-model`` share on this side of the ranks.
+
+Rows arrive as token ids. One rank without ZeRO runs in this process; several are started by torch's elastic launcher,
+each on one JSON file, and are watched here. The output is complete or absent; what a stopped training left to go on
+from lies beside it, in ``<output>.checkpoints``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oatlite.errors import BY_EXIT_CODE, CheckpointError, ConfigError, OatliteError, StorageError, WorkerDied
+from oatlite.finetuning.options import COMPLETE, Habits, RankSpec, TuningOptions, TuningResult
+from oatlite.finetuning.quiet import quiet
+from oatlite.launcher import LocalLauncher, Worker
+from oatlite.output_folder import complete_or_absent
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from oatlite.fitting import Report
+_ORIGIN = "training.json"
+_POLL_S = 0.1
+
+
+def checkpoints_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.checkpoints")
+
+
+def check_resume(output: Path, *, resume: bool) -> Path | None:
+    """The last complete checkpoint that training towards ``output`` left. Raises ConfigError where ``resume`` and what
+    is there do not fit."""
+    folder = checkpoints_of(output)
+    found = sorted(
+        (path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()),
+        key=lambda path: int(path.name.rpartition("-")[2]),
+    )
+    if resume and not found:
+        raise ConfigError(f"{folder} has no complete checkpoint to go on from", "leave --resume out")
+    if found and not resume:
+        raise ConfigError(
+            f"{folder} has checkpoints of a training that was stopped", "type --resume to go on, or remove that folder"
+        )
+    return found[-1] if found else None
+
+
+def finetune(
+    training: Dataset,
+    held_out: Dataset,
+    options: TuningOptions,
+    habits: Habits,
+    output: Path,
+    report: Report,
+    *,
+    resume: bool = False,
+) -> TuningResult:
+    """Train ``options.model`` and leave at ``output`` a folder that transformers and vllm load, with its tokenizer.
+
+    Rows of a policy have ``input_ids`` and ``labels`` (-100: no loss), those of a reward model ``chosen_ids`` and
+    ``rejected_ids``. Equal rows, options and thread counts give equal weights on a CPU, also when ``resume`` goes on
+    with a training that was stopped. Raises ConfigError, CheckpointError for a checkpoint of another training,
+    StorageError where a disk refuses, WorkerDied when a rank is lost.
+    """
+    checkpoints = checkpoints_of(output)
+    last = check_resume(output, resume=resume)
+    origin = {**dataclasses.asdict(options), "rows": _fingerprint(training)}
+    if last is not None:
+        _check_origin(checkpoints, origin)
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        (checkpoints / _ORIGIN).write_text(json.dumps(origin))
+        # Within the checkpoints, so that a training that is killed leaves one folder and no other.
+        model = checkpoints / "model"
+        shutil.rmtree(model, ignore_errors=True)
+        with LocalLauncher("oatlite-") as launcher:
+            spec = RankSpec(
+                options=options,
+                habits=habits,
+                folder=str(model),
+                private=str(launcher.private_dir),
+                checkpoints=str(checkpoints),
+                resume_from=None if last is None else str(last),
+            )
+            result = _run(_packed(training, options), held_out, spec, launcher, report)
+        with complete_or_absent(output) as folder:
+            for path in model.iterdir():
+                path.rename(folder / path.name)
+    except OSError as error:
+        raise StorageError(f"cannot write beside {output}: {error.strerror or error}") from error
+    finally:
+        if not any(checkpoints.glob(f"checkpoint-*/{COMPLETE}")):
+            shutil.rmtree(checkpoints, ignore_errors=True)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return result
+
+
+def _packed(rows: Dataset, options: TuningOptions) -> Dataset:
+    if not options.packing:
+        return rows
+    from trl import pack_dataset
+
+    with quiet():
+        return pack_dataset(rows, options.max_tokens, "bfd")
+
+
+def _fingerprint(rows: Dataset) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
+
+
+def _check_origin(checkpoints: Path, origin: dict[str, Any]) -> None:
+    try:
+        before = json.loads((checkpoints / _ORIGIN).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoints / _ORIGIN} cannot be read", "remove that folder and start anew") from error
+    differs = sorted(key for key in origin if before.get(key) != origin[key])
+    if differs:
+        key = differs[0]
+        was = "other rows" if key == "rows" else f"{key} = {before.get(key)}, and not {origin[key]}"
+        raise ConfigError(
+            f"{checkpoints} is of a training with {was}", "repeat its command with --resume, or remove that folder"
+        )
+
+
+def _run(training: Dataset, held_out: Dataset, spec: RankSpec, launcher: LocalLauncher, report: Report) -> TuningResult:
+    import torch
+
+    options = spec.options
+    if options.ranks == 1 and options.zero_stage is None and (options.use_cpu or torch.cuda.device_count() == 1):
+        from oatlite.finetuning.rank import train_rank
+
+        return train_rank(training, held_out, spec, report)
+    private = Path(spec.private)
+    with quiet():
+        training.save_to_disk(private / "training")
+        held_out.save_to_disk(private / "held-out")
+    spec.write(private / "spec.json")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)),
+        *("-m", "oatlite.finetuning.rank", str(private / "spec.json")),
+    ]
+    worker = launcher.start(command, _environment(options), private / "ranks.log")
+    _watch(worker, private, report)
+    return TuningResult(**json.loads((private / "result.json").read_text()))
+
+
+def _environment(options: TuningOptions) -> dict[str, str]:
+    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    # The launcher would give each rank one thread; a share of the cores is what a rank on the CPU can use.
+    threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        **loopback,
+        "PYTHONPATH": path,
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+
+
+def _watch(worker: Worker, private: Path, report: Report) -> None:
+    """Pass on what rank 0 reports until all ranks have ended. Raises what a rank raised."""
+    num_read = 0
+    while True:
+        code = worker.exit_code()
+        lines = _lines(private / "progress.jsonl")
+        for line in lines[num_read:]:
+            report(*json.loads(line))
+        num_read = len(lines)
+        if code is not None:
+            break
+        time.sleep(_POLL_S)
+    if code == 0:
+        return
+    told = [_error(json.loads(path.read_text())) for path in sorted(private.glob("error-*.json"))]
+    if told:
+        # A rank that stopped for a reason of its own takes others down, whose connections break.
+        raise next((error for error in told if not isinstance(error, WorkerDied)), told[0])
+    log = [line for line in (private / "ranks.log").read_text(errors="replace").splitlines() if line.strip()]
+    said = next((line for line in reversed(log) if "Error" in line), log[-1] if log else "nothing was logged")
+    raise WorkerDied(f"a rank ended for good: {said[:300]}", "give fewer rows by --micro-batch-size if memory ran out")
+
+
+def _lines(path: Path) -> list[str]:
+    """The complete lines of a file that grows."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def _error(told: dict[str, Any]) -> OatliteError:
+    return BY_EXIT_CODE.get(told["exit_code"], WorkerDied)(told["message"], told["fix"])

@@ -1,0 +1,393 @@
+"""``oatlite sft`` and ``oatlite reward-model`` on a model that exists: what TRL makes of rows, and what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from oatlite_cli.main import main
+from safetensors.torch import load_file
+from small_folders import byte_tokenizer, save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from oatlite.data import raw_text
+from oatlite.errors import ConfigError
+from oatlite.finetuning.arguments import training_arguments
+from oatlite.finetuning.options import Habits, RankSpec, TuningOptions
+from oatlite.finetuning.rank import make_trainer
+from oatlite.finetuning.run import check_resume, finetune
+from oatlite.oracles.reward_model import RewardModelOracle
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512}
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+COLOURS = ["red", "blue", "green", "black"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return Path(save_model(tmp_path_factory.mktemp("base") / "policy", tokenizer=tokenizer, seed=1, **SIZES))
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def references(path: Path, num: int = 40) -> Path:
+    return write(path, [{"prompt": f"number {i}:", "reference": f"it is {COLOURS[i % 4]}"} for i in range(num)])
+
+
+def run(command: str, model: Path, data: Path, output: Path, *more: str) -> Path:
+    arguments = [command, "--model", str(model), "--data", str(data), "--output", str(output)]
+    assert main([*arguments, *more]) == 0
+    return output
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def options_for(model: Path, **more) -> TuningOptions:
+    defaults = {
+        "task": "policy",
+        "model": str(model),
+        "epochs": 1,
+        "lr": 1e-3,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "max_tokens": 64,
+    }
+    return TuningOptions(**(defaults | more))
+
+
+def spec_for(options: TuningOptions, folder: Path, **habits) -> RankSpec:
+    places = {name: str(folder / name) for name in ("folder", "private", "checkpoints")}
+    return RankSpec(options=options, habits=Habits(**habits), resume_from=None, **places)
+
+
+def ignore(*_: object) -> None:
+    """Progress that nobody reads."""
+
+
+def labelled(num: int) -> Dataset:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(3, 250, 3 + 5 * (i % 4)).tolist() for i in range(num)]
+    return Dataset.from_dict({"input_ids": rows, "labels": [[-100, *row[1:]] for row in rows]})
+
+
+# Policies
+
+
+def test_plain_text_with_packing_lowers_the_held_out_loss(base: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = [{"text": f"Roses are {COLOURS[i % 4]}. " * (1 + i % 3)} for i in range(120)]
+    data = write(tmp_path / "texts.jsonl", texts)
+    flags = ("--text-key", "text", "--packing", "--max-tokens", "128", "--batch-size", "4", "--epochs", "3")
+    outputs = [run("sft", base, data, tmp_path / f"at-{lr}", *flags, "--lr", lr) for lr in ("1e-9", "3e-3")]
+    before, after = map(float, re.findall(r"held-out loss (\d+\.\d+) nats per text token", capsys.readouterr().out))
+    assert after < before - 1
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(outputs[1]), AutoTokenizer.from_pretrained(outputs[1])
+    ids = torch.tensor([tokenizer("Roses are red. ")["input_ids"] + [tokenizer.eos_token_id]])
+    assert model(input_ids=ids, labels=ids).loss.item() < before - 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["at-1e-9", "at-3e-3", "texts.jsonl"]
+
+
+def test_packed_rows_have_the_loss_of_the_same_rows_apart(base: Path, tmp_path: Path) -> None:
+    from trl import pack_dataset
+
+    rows = labelled(12)
+    losses = []
+    for packing in (False, True):
+        options = options_for(base, packing=packing, batch_size=16, micro_batch_size=16)
+        training = pack_dataset(rows, 64, "bfd") if packing else rows
+        trainer = make_trainer(training, rows, spec_for(options, tmp_path), ignore)
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert ("position_ids" in batch) is packing
+        trainer.model.eval()
+        with torch.no_grad():
+            losses.append(float(trainer.compute_loss(trainer.model, dict(batch))))
+        assert losses[-1] == pytest.approx(trainer.measure(), abs=1e-5)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_model_whose_packed_rows_see_each_other_is_refused(base: Path, tmp_path: Path) -> None:
+    rows = labelled(8)
+    trainer = make_trainer(rows, rows, spec_for(options_for(base, packing=True), tmp_path), ignore)
+    parts = [row[:8] for row in rows["input_ids"][2:4]]
+    trainer.check_packing(parts)
+    forward = trainer.model.model.forward
+    trainer.model.model.forward = lambda *a, **k: forward(*a, **{**k, "position_ids": None})
+    with pytest.raises(ConfigError, match="--packing: attention of LlamaForCausalLM"):
+        trainer.check_packing(parts)
+
+
+def test_chats_teach_the_assistant_and_not_the_user(base: Path, tmp_path: Path) -> None:
+    def chat(question: str, answer: str) -> list[dict[str, str]]:
+        turns = [("user", question), ("assistant", answer)] * 2
+        return [{"role": role, "content": text} for role, text in turns]
+
+    def loss(folder: Path, text: str, counted: str) -> float:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        before = tokenizer(text[: text.index(counted)])["input_ids"]
+        after = tokenizer(counted)["input_ids"]
+        labels = [-100] * len(before) + after
+        return float(model(input_ids=torch.tensor([before + after]), labels=torch.tensor([labels])).loss)
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    data = write(tmp_path / "chats.jsonl", [{"messages": chat("what?", "nothing")} for _ in range(48)])
+    flags = ("--batch-size", "8", "--epochs", "4", "--lr", "3e-3", "--max-tokens", "128")
+    output = run("sft", base, data, tmp_path / "chatty", *flags)
+    question = [loss(folder, "<user>what?", "what?") for folder in (base, output)]
+    answer = [loss(folder, "<user>what?<assistant>nothing", "nothing") for folder in (base, output)]
+    assert answer[1] < 0.5 < answer[0]
+    assert question[1] > question[0] - 1
+
+
+def test_lora_leaves_a_merged_model_and_the_adapter_that_it_has_in_it(base: Path, tmp_path: Path) -> None:
+    import peft
+
+    flags = ("--lora-rank", "4", "--lr", "1e-2", "--batch-size", "8", "--epochs", "1")
+    output = run("sft", base, references(tmp_path / "rows.jsonl"), tmp_path / "lora", *flags)
+    ids = torch.tensor([[10, 20, 30, 40]])
+    merged = AutoModelForCausalLM.from_pretrained(output)(ids).logits
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    untrained = plain(ids).logits
+    adapted = peft.PeftModel.from_pretrained(plain, output / "adapter")(ids).logits
+    assert torch.allclose(merged, adapted, atol=1e-4)
+    assert not torch.allclose(merged, untrained, atol=1e-2)
+    assert set(weights(output)) == set(weights(base))
+
+
+def test_equal_options_give_equal_weights(base: Path, tmp_path: Path) -> None:
+    data = references(tmp_path / "rows.jsonl")
+    flags = ("--batch-size", "8", "--epochs", "1", "--lr", "1e-3", "--eval-every", "2")
+    one, two, other = (
+        weights(run("sft", base, data, tmp_path / str(i), *flags, "--seed", seed)) for i, seed in enumerate("778")
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_bfloat16_and_checkpointed_gradients(base: Path, tmp_path: Path) -> None:
+    flags = ("--batch-size", "8", "--epochs", "1", "--lr", "1e-3")
+    data = references(tmp_path / "rows.jsonl")
+    plain = weights(run("sft", base, data, tmp_path / "plain", *flags))
+    spared = weights(run("sft", base, data, tmp_path / "spared", *flags, "--gradient-checkpointing"))
+    assert all(torch.allclose(plain[name], spared[name], atol=1e-5) for name in plain)
+    rounded = weights(run("sft", base, data, tmp_path / "rounded", *flags, "--dtype", "bfloat16"))
+    assert {tensor.dtype for tensor in rounded.values()} == {torch.bfloat16}
+    assert all(torch.allclose(plain[name], rounded[name].float(), atol=2e-2) for name in plain)
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    code = "import sys; from oatlite_cli.main import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(base: Path, tmp_path: Path, capsys) -> None:
+    data = references(tmp_path / "rows.jsonl", 200)
+    flags = ["--batch-size", "4", "--epochs", "3", "--lr", "1e-3", "--save-every", "10"]
+    arguments = ["sft", "--model", str(base), "--data", str(data), *flags, "--output"]
+    whole = start(tmp_path, *arguments, "whole")
+    assert whole.wait(120) == 0, whole.stdout.read() if whole.stdout else ""
+    killed = start(tmp_path, *arguments, "killed")
+    checkpoints = tmp_path / "killed.checkpoints"
+    deadline = time.monotonic() + 100
+    while not list(checkpoints.glob("checkpoint-*/complete")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed").exists()
+    assert list(checkpoints.glob("checkpoint-*/complete"))
+    output = ["--output", str(tmp_path / "killed")]
+    assert "type --resume" in refused(capsys, *arguments[:-1], *output)
+    other = ["--lr", "2e-3", "--resume", *output]
+    assert "lr = 0.001, and not 0.002" in refused(capsys, *arguments[:-1], *other)
+    resumed = start(tmp_path, *arguments, "killed", "--resume")
+    assert resumed.wait(120) == 0, resumed.stdout.read() if resumed.stdout else ""
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "rows.jsonl", "whole"]
+
+
+def test_a_torn_checkpoint_does_not_count(tmp_path: Path) -> None:
+    for step in (10, 20, 100):
+        (tmp_path / "out.checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="leave --resume out"):
+        check_resume(tmp_path / "out", resume=True)
+    for step in (10, 20):
+        (tmp_path / "out.checkpoints" / f"checkpoint-{step}" / "complete").touch()
+    assert check_resume(tmp_path / "out", resume=True) == tmp_path / "out.checkpoints" / "checkpoint-20"
+
+
+# Several ranks
+
+
+@pytest.mark.parametrize("zero_stage", [None, 2, 3])
+def test_two_ranks_give_what_one_gives(zero_stage: int | None, base: Path, tmp_path: Path) -> None:
+    rows = labelled(32)
+    told: list[tuple[object, ...]] = []
+    options = options_for(base, lr=1e-3)
+    one = finetune(rows, labelled(5), options, Habits(), tmp_path / "one", ignore)
+    two = dataclasses.replace(options, ranks=2, zero_stage=zero_stage)
+    habits = Habits(eval_every=2)
+    both = finetune(rows, labelled(5), two, habits, tmp_path / "two", lambda *told_now: told.append(told_now))
+    assert both.held_out == pytest.approx(one.held_out, abs=1e-4)
+    assert both.num_parameters == one.num_parameters
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 2e-4
+    assert told[-1][:3] == ("policy", 4, 4)
+    assert any("held-out loss" in str(line[3]) for line in told)
+
+
+def test_what_a_rank_raises_comes_out_as_one_line(base: Path, tmp_path: Path) -> None:
+    options = options_for(base, ranks=2, lr=1e38)
+    with pytest.raises(ConfigError, match="lower --lr"):
+        finetune(labelled(32), labelled(5), options, Habits(), tmp_path / "out", ignore)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_no_rank(base: Path, tmp_path: Path) -> None:
+    data = references(tmp_path / "rows.jsonl", 400)
+    arguments = ["sft", "--model", str(base), "--data", str(data), "--output", "out", "--learners", "2"]
+    process = start(tmp_path, *arguments, "--batch-size", "2", "--epochs", "50")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("policy: "):
+            break
+    ranks = _descendants(process.pid)
+    assert len(ranks) >= 3  # the launcher of ranks, and two of them
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def _descendants(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*children, *(found for child in children for found in _descendants(child))]
+
+
+# Reward models
+
+
+def test_a_reward_model_of_conversations_is_an_oracle_that_prefers_the_chosen(
+    base: Path, tmp_path: Path, capsys
+) -> None:
+    def conversation(i: int, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": answer}]
+
+    rows = [
+        {"chosen": conversation(i, f"good {i % 7}"), "rejected": conversation(i, f"bad {i % 5}")} for i in range(80)
+    ]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    flags = ("--batch-size", "8", "--lr", "1e-3", "--epochs", "2", "--eval-every", "5")
+    output = run("reward-model", base, data, tmp_path / "reward", *flags)
+    summary, following = capsys.readouterr().out.splitlines()
+    assert re.search(r"76 comparisons, held-out accuracy 1\.000 on 4", summary)
+    assert "--set oracle.chat_template=true" in following
+    oracle = RewardModelOracle(str(output), chat_template=True)
+    prompt = raw_text([{"role": "user", "content": "question 99"}])
+    good, bad = oracle.score([prompt] * 2, ["good 3", "bad 3"])
+    assert good > bad
+
+
+def test_a_reward_model_with_an_adapter_loads_and_stops_at_its_steps(base: Path, tmp_path: Path, capsys) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(40)]
+    flags = ("--batch-size", "4", "--lora-rank", "4", "--lr", "1e-2", "--steps", "6")
+    output = run("reward-model", base, write(tmp_path / "p.jsonl", rows), tmp_path / "reward", *flags)
+    assert "policy" not in capsys.readouterr().err
+    good, bad = RewardModelOracle(str(output)).score(["p50"] * 2, ["yes", "no"])
+    assert good > bad
+    assert (output / "adapter" / "adapter_config.json").is_file()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--packing"], "--packing is not for a network from scratch"),
+        (["--batch-size", "4"], "--batch-size is not for a network from scratch"),
+        (["--resume"], "--resume is not for a network from scratch"),
+        (["--gpus", "0"], "--gpus is not for a network from scratch"),
+        (["--eval-split", "test"], "--eval-split is not for a network from scratch"),
+    ],
+)
+def test_flags_of_trained_models_are_refused_from_scratch(flags: list[str], words: str, tmp_path: Path, capsys) -> None:
+    data = references(tmp_path / "rows.jsonl")
+    train = ["--model", "tiny-llama", "--data", str(data), "--output", str(tmp_path / "out")]
+    assert words in refused(capsys, "sft", *train, *flags)
+    if flags != ["--packing"]:
+        assert words in refused(capsys, "reward-model", *train, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch-tokens", "99"], "give --batch-size"),
+        (["--vocab-size", "400"], "the model has a tokenizer"),
+        (["--prompt-weight", "0.3"], "give 0 or 1"),
+        (["--max-tokens", "600"], "more than the model's 512 positions"),
+        (["--batch-size", "5", "--micro-batch-size", "2"], "give --batch-size 6"),
+        (["--gpus", "3"], "give --gpus 0"),
+        (["--text-key", "words"], "no column words"),
+        (["--messages-key", "talk"], "no column talk"),
+        (["--resume"], "no complete checkpoint"),
+        (["--eval-split", "test"], "no split test"),
+    ],
+)
+def test_mistakes_take_one_line_and_leave_nothing(
+    flags: list[str], words: str, base: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    data = references(tmp_path / "rows.jsonl")
+    train = ["sft", "--model", str(base), "--data", str(data), "--output", str(tmp_path / "out")]
+    assert words in refused(capsys, *train, *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_wandb_is_asked_for_and_not_otherwise(base: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    options = options_for(base)
+    assert training_arguments(spec_for(options, tmp_path, wandb=True)).report_to == ["wandb"]
+    assert os.environ["WANDB_PROJECT"] == "oatlite"
+    assert training_arguments(spec_for(options, tmp_path)).report_to == []
