@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -89,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run() -> None:
     # Read once, when torch loads: threads that spin while they wait make a busy machine many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Where it is installed, whatever looks at adapters loads it, and on a CPU it says what it lacks for 4 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.exit(main())
 
 
