@@ -165,7 +165,8 @@ class _Reader:
         where = f"row {number} of split {self.split} of {data.preferences}"
         prompt, chosen, rejected = (row.get(key) for key in (data.prompt_key, data.chosen_key, data.rejected_key))
         margin = self._margin(row, where)
-        if chosen is None or rejected is None:
+        has_empty_prompt = prompt is None and data.prompt_key in row and isinstance(chosen, str)
+        if chosen is None or rejected is None or has_empty_prompt:
             return _Texts(str(prompt or ""), "", "", ("", "", ""), margin)  # counted among those left out
         if isinstance(chosen, str) and isinstance(rejected, str):
             if isinstance(prompt, str) and not data.chat_template:

@@ -24,6 +24,8 @@ from oatlite.sources import find_local, first_line
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from oatlite.preferences import PreferenceSet
+
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -111,7 +113,6 @@ def _offline_plan(
     longest_prompt = max(training.longest_prompt, held_out.longest_prompt)
     longest_response = max(training.longest_response, held_out.longest_response)
     _check_lengths(config, longest_prompt, longest_response, limit, "data.max_response_tokens")
-    tokens = (training.prompt_tokens, training.chosen_tokens, training.rejected_tokens)
     return Plan(
         num_prompts=len(training),
         num_dropped=training.num_dropped + held_out.num_dropped,
@@ -120,7 +121,7 @@ def _offline_plan(
         num_queries=0,
         longest_prompt=longest_prompt,
         longest_response=longest_response,
-        fingerprints=fingerprints | {"prompts": _digest([[ids.tolist() for ids in part] for part in tokens])},
+        fingerprints=fingerprints | {"prompts": _digest_of_pairs(training)},
     )
 
 
@@ -143,6 +144,14 @@ def _architecture(model: PretrainedConfig) -> dict[str, object]:
 
 def _digest(value: object) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _digest_of_pairs(pairs: PreferenceSet) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (pairs.prompt_tokens, pairs.chosen_tokens, pairs.rejected_tokens):
+        for tokens in part:
+            digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
+    return digest.hexdigest()
 
 
 def _check_policy(config: Config) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:

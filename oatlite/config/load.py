@@ -77,7 +77,9 @@ def load_config(
     if preset is None and not is_offline and not any(key in merged and merged[key].value for key in task):
         merged = _merge([*_default_preset(num_gpus, merged), *layers])
     if is_offline:
-        from_preset = {key for key in ONLINE_ONLY if key in merged and merged[key].source.startswith("preset ")}
+        # A preset's bound on its prompts says nothing of somebody's pairs, either.
+        left_out = (*ONLINE_ONLY, "data.max_prompts")
+        from_preset = {key for key in left_out if key in merged and merged[key].source.startswith("preset ")}
         merged = {key: given for key, given in merged.items() if key not in from_preset}
     _check_algorithm(merged)
     for key, given in merged.items():

@@ -39,6 +39,8 @@ def check_resume(output: Path, *, resume: bool) -> Path | None:
     """The last complete checkpoint that training towards ``output`` left. Raises ConfigError where ``resume`` and what
     is there do not fit."""
     folder = checkpoints_of(output)
+    if folder.exists() and not (folder / _ORIGIN).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is in the way: checkpoints would go there", "move it, or give another --output")
     found = sorted(
         (path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()),
         key=lambda path: int(path.name.rpartition("-")[2]),
@@ -74,6 +76,7 @@ def finetune(
     origin = {**dataclasses.asdict(options), "rows": _fingerprint(training)}
     if last is not None:
         _check_origin(checkpoints, origin)
+    is_trained = False
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         (checkpoints / _ORIGIN).write_text(json.dumps(origin))
@@ -90,13 +93,16 @@ def finetune(
                 resume_from=None if last is None else str(last),
             )
             result = _run(_packed(training, options), held_out, spec, launcher, report)
+        is_trained = True
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise StorageError(f"{output} was made by somebody else meanwhile", f"the trained model is in {model}")
         with complete_or_absent(output) as folder:
             for path in model.iterdir():
                 path.rename(folder / path.name)
     except OSError as error:
         raise StorageError(f"cannot write beside {output}: {error.strerror or error}") from error
     finally:
-        if not any(checkpoints.glob(f"checkpoint-*/{COMPLETE}")):
+        if not is_trained and not any(checkpoints.glob(f"checkpoint-*/{COMPLETE}")):
             shutil.rmtree(checkpoints, ignore_errors=True)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return result

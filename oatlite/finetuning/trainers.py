@@ -134,11 +134,11 @@ class _RewardMeasure:
             for batch, is_counted in self._my_batches(lengths):
                 inputs = self._prepare_inputs(self.data_collator([rows[i] for i in batch]))
                 rewards = model(**inputs, use_cache=False).logits[:, 0]
-                if not bool(rewards.isfinite().all()):
-                    return math.nan
                 chosen, rejected = rewards.chunk(2)
+                # Not a number goes into the sum: a rank that left here would leave the others waiting.
+                num_right = float((chosen > rejected).sum()) if bool(rewards.isfinite().all()) else math.nan
                 weight = float(is_counted)
-                sums.append((float((chosen > rejected).sum()) * weight, len(batch) * weight))
+                sums.append((num_right * weight, len(batch) * weight))
         return self._mean(sums)
 
 

@@ -285,6 +285,17 @@ def test_what_a_rank_raises_comes_out_as_one_line(base: Path, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_where_checkpoints_would_go_is_left_alone(base: Path, tmp_path: Path, capsys) -> None:
+    data = references(tmp_path / "rows.jsonl", 20)
+    mine = tmp_path / "out.checkpoints" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    capsys.readouterr()
+    assert main(["sft", "--model", str(base), "--data", str(data), "--output", str(tmp_path / "out")]) == 2
+    assert "is in the way" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
 def test_ctrl_c_leaves_no_rank(base: Path, tmp_path: Path) -> None:
     data = references(tmp_path / "rows.jsonl", 400)
     arguments = ["sft", "--model", str(base), "--data", str(data), "--output", "out", "--learners", "2"]

@@ -93,7 +93,7 @@ def test_an_offline_run_has_learners_alone() -> None:
 def test_an_offline_run_takes_of_a_preset_what_it_can_use() -> None:
     config = resolved(2, preset="tldr", flags={key: OFFLINE[key] for key in ("rollout.offline", "data.preferences")})
     assert config.model.path == "trl-lib/pythia-1b-deduped-tldr-sft" and config.learner.lr == 5e-7
-    assert (config.oracle.path, config.data.prompts) == (None, None)
+    assert (config.oracle.path, config.data.prompts, config.data.max_prompts) == (None, None, None)
 
 
 @pytest.mark.parametrize(

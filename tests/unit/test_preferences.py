@@ -67,8 +67,9 @@ def test_rows_that_cannot_be_trained_on_are_counted(tmp_path: Path) -> None:
         row(rejected="y" * 40),
         {"prompt": "p", "chosen": "a"},
     ]
+    unusable.append({"prompt": None, "chosen": "a", "rejected": "b"})
     pairs, _ = load(tmp_path, [row(), *unusable], max_prompt_tokens=20, max_response_tokens=30)
-    assert (len(pairs), pairs.num_dropped) == (1, 5)
+    assert (len(pairs), pairs.num_dropped) == (1, 6)
     assert (pairs.longest_prompt, pairs.longest_response) == (4, 10)
 
 
