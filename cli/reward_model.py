@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 
 def reward_model(
+    ctx: typer.Context,
     model: Model,
     data: Data,
     output: Annotated[Path, typer.Option(help="folder to make", rich_help_panel=MODEL, show_default=False)],
@@ -112,21 +113,7 @@ def reward_model(
     from oatlite.output_folder import require_free
 
     require_free(output)
-    flags = TuningFlags(
-        eval_split=eval_split,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        lora_rank=lora_rank,
-        gradient_checkpointing=gradient_checkpointing,
-        dtype=dtype,
-        zero_stage=zero_stage,
-        gpus=gpus,
-        learners=learners,
-        eval_every=eval_every,
-        save_every=save_every,
-        resume=resume,
-        wandb=wandb,
-    )
+    flags = TuningFlags.of(ctx.params)
     keys = _Keys(data, split, prompt_key, (chosen_key, rejected_key), reference_key)
     if model in SCRATCH:
         refuse_tuning(flags.given(), model)

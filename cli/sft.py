@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 
 def sft(
+    ctx: typer.Context,
     model: Model,
     data: Data,
     output: Annotated[
@@ -122,21 +123,7 @@ def sft(
     from oatlite.output_folder import require_free
 
     require_free(output)
-    flags = TuningFlags(
-        eval_split=eval_split,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        lora_rank=lora_rank,
-        gradient_checkpointing=gradient_checkpointing,
-        dtype=dtype,
-        zero_stage=zero_stage,
-        gpus=gpus,
-        learners=learners,
-        eval_every=eval_every,
-        save_every=save_every,
-        resume=resume,
-        wandb=wandb,
-    )
+    flags = TuningFlags.of(ctx.params)
     rows = _Rows(data, split, prompt_key, reference_key, messages_key, text_key, max_tokens)
     if model in SCRATCH:
         kinds = {"--messages-key": messages_key, "--text-key": text_key, "--packing": packing}

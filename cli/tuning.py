@@ -84,6 +84,11 @@ class TuningFlags:
     resume: bool
     wandb: bool
 
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> TuningFlags:
+        """Those among a command's parameters."""
+        return cls(**{name: parameters[name] for name in cls.__slots__})
+
     def given(self) -> dict[str, object]:
         return {f"--{name.replace('_', '-')}": getattr(self, name) for name in self.__slots__}
 

@@ -89,19 +89,7 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     reference, at_hand = _reference(config, algorithm, device, policy, trainer)
     updater = Updater(config, trainer, algorithm, reference, rows, at_hand)
     experience, judge = _halves(spec, pool, algorithm, updater, tokenizer, lifeline)
-    keeper = Keeper(
-        checkpoints_of(spec.run_dir),
-        keep_last=config.checkpoint.keep_last,
-        trainer=trainer,
-        policies=policies,
-        buffer=updater.buffer,
-        rank=spec.index,
-        about={"config": config.model_dump(mode="json"), "fingerprints": spec.fingerprints},
-    )
-    progress = Progress()
-    if spec.resume_from is not None:
-        lifeline.stage("starting", f"restoring {spec.resume_from.name}")
-        progress = keeper.restore(read(spec.resume_from))
+    keeper, progress = _checkpoints(spec, trainer, policies, updater, lifeline)
     journal = None
     if spec.index == 0:
         journal = Journal(spec.run_dir, lifeline, _more_sinks(spec), resumed_step=progress.step or None)
@@ -143,6 +131,25 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     if pool is not None:
         pool.close()
     trainer.close()
+
+
+def _checkpoints(
+    spec: WorkerSpec, trainer: Trainer, policies: PolicyWeights, updater: Updater, lifeline: Lifeline
+) -> tuple[Keeper, Progress]:
+    """What saves the rank's part, and where the run stands: at its beginning, or where it was saved."""
+    keeper = Keeper(
+        checkpoints_of(spec.run_dir),
+        keep_last=spec.config.checkpoint.keep_last,
+        trainer=trainer,
+        policies=policies,
+        buffer=updater.buffer,
+        rank=spec.index,
+        about={"config": spec.config.model_dump(mode="json"), "fingerprints": spec.fingerprints},
+    )
+    if spec.resume_from is None:
+        return keeper, Progress()
+    lifeline.stage("starting", f"restoring {spec.resume_from.name}")
+    return keeper, keeper.restore(read(spec.resume_from))
 
 
 def _halves(

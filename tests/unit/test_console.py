@@ -251,6 +251,7 @@ def test_a_terminal_that_goes_away_ends_nothing() -> None:
     stream.close()
     console.record(step(1))
     console.close({"steps": 1})
+    assert not console._thread.is_alive()
 
 
 # Curves
