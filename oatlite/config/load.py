@@ -49,6 +49,7 @@ Layer = dict[str, Given]
 
 ONLINE_ONLY = ("data.prompts", "data.max_queries", "oracle.path", "placement.actors")
 """Of a preset, what an offline run does not take over; given otherwise, it is refused there."""
+OFFLINE_UNREAD = ("sampling.", "oracle.", "sync.", "lora.sync", "rollout.sync_every", "eval.gold_score")
 
 
 def load_config(
@@ -86,6 +87,8 @@ def load_config(
         check_key(key, given.source, _algorithm(merged))
     config = _validate(merged)
     _check_task(config)
+    if is_offline:
+        _check_all_is_read(merged)
     return config
 
 
@@ -229,6 +232,13 @@ def _check_task(config: Config) -> None:
         raise ConfigError(f"{given} is given and {other} is not", "give both, or neither for a preset")
     if config.oracle.path is None:
         raise ConfigError("no oracle is given", "add --oracle REWARD_MODEL (a folder or a hub id)")
+
+
+def _check_all_is_read(merged: Layer) -> None:
+    """Refuse what was typed for nothing; a file may hold everything, as that of an earlier run does."""
+    for key, given in merged.items():
+        if key.startswith(OFFLINE_UNREAD) and given.source.startswith("--"):
+            raise ConfigError(f"{given.source} is for rollouts, and --offline has none", "leave it out")
 
 
 def _check_offline_task(config: Config) -> None:

@@ -50,12 +50,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def command(inputs: Inputs, folder: Path, *more: str) -> list[str]:
     online = ("--oracle", str(inputs.reward_model), "--prompts", str(inputs.prompts))
+    sampling = ("--max-new-tokens", "12", "--temperature", "1.0")
     return [
         *(str(OATLITE), "train", "--gpus", "0", "--ui", "plain", "--model", str(inputs.policy)),
-        *(("--preferences", str(inputs.preferences)) if "--offline" in more else online),
+        *(("--preferences", str(inputs.preferences)) if "--offline" in more else (*online, *sampling)),
         *("--run-dir", str(folder.parent), "--name", folder.name),
-        *("--prompts-per-step", "16", "--micro-batch-size", "4", "--max-new-tokens", "12", "--max-prompts", "48"),
-        *("--eval-every", "2", "--eval-prompts", "8", "--lr", "0.001", "--temperature", "1.0"),
+        *("--prompts-per-step", "16", "--micro-batch-size", "4", "--max-prompts", "48"),
+        *("--eval-every", "2", "--eval-prompts", "8", "--lr", "0.001"),
         *more,
     ]
 

@@ -106,6 +106,8 @@ def test_an_offline_run_takes_of_a_preset_what_it_can_use() -> None:
         (OFFLINE | {"data.prompts": "p"}, ["data.prompts = p"]),
         (OFFLINE | {"data.max_queries": 500}, ["data.max_queries = 500"]),
         (OFFLINE | {"placement.actors": 1}, ["placement.actors = 1"]),
+        (OFFLINE | {"sampling.max_new_tokens": 30}, ["--max-new-tokens is for rollouts"]),
+        (OFFLINE | {"rollout.sync_every": 4}, ["--sync-every is for rollouts"]),
         (OFFLINE | {"data.preferences": "pairs.jsonl"}, ["data.preferences = pairs.jsonl", "no such file"]),
         (OFFLINE | {"placement.learners": 3}, ["128 does not split over 3 learner ranks", "--prompts-per-step 126"]),
     ],
