@@ -39,7 +39,7 @@ def check_resume(output: Path, *, resume: bool) -> Path | None:
     """The last complete checkpoint that training towards ``output`` left. Raises ConfigError where ``resume`` and what
     is there do not fit."""
     folder = checkpoints_of(output)
-    if folder.exists() and not (folder / _ORIGIN).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not _is_ours(folder):
         raise ConfigError(f"{folder} is in the way: checkpoints would go there", "move it, or give another --output")
     found = sorted(
         (path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()),
@@ -52,6 +52,13 @@ def check_resume(output: Path, *, resume: bool) -> Path | None:
             f"{folder} has checkpoints of a training that was stopped", "type --resume to go on, or remove that folder"
         )
     return found[-1] if found else None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nothing lies in it but what a training leaves, torn checkpoints included."""
+    return folder.is_dir() and (
+        (folder / _ORIGIN).is_file() or all(path.name.startswith("checkpoint-") for path in folder.iterdir())
+    )
 
 
 def finetune(
