@@ -9,11 +9,11 @@ from typing import Any
 
 from oatlite.config.load import num_steps
 from oatlite.config.placement import Place, places
+from oatlite.config.resolve import named_paths
 from oatlite.config.schema import Config
 from oatlite.hardware import available_memory_bytes, free_bytes, usable_cores
 
 GIB = 1 << 30
-ASSETS = ("model.path", "model.reference", "data.prompts", "data.preferences", "oracle.path")
 
 
 def report(config: Config, gpus: Sequence[str]) -> list[str]:
@@ -39,7 +39,7 @@ def _settings(config: Config) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    if value is None:
+    if value is None or value == ():
         return "-"
     if isinstance(value, bool):
         return str(value).lower()
@@ -92,16 +92,10 @@ def _missing(config: Config, gpus: Sequence[str]) -> list[str]:
 
 
 def _downloads(config: Config) -> list[str]:
-    dumped = config.model_dump()
     found: dict[str, str] = {}
-    for key in ASSETS:
-        section, _, name = key.partition(".")
-        asset = dumped[section][name]
-        if (
-            asset not in (None, "demo")
-            and not Path(asset).exists()
-            and not _is_cached(asset, is_data=section == "data")
-        ):
+    for key, asset in named_paths(config):
+        is_here = asset == "demo" or Path(asset).exists() or _is_cached(asset, is_data=key.startswith("data."))
+        if not is_here:
             found.setdefault(asset, key)
     return [f"{key}: {asset} (hub)" for asset, key in found.items()]
 

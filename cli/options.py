@@ -22,4 +22,5 @@ def setting(key: str, panel: str, *, metavar: str | None = None) -> Any:
 def given_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """By dotted key, what was typed: a flag that was not given is ``None`` and leaves the configuration alone."""
     named = {key: parameters.get(flag[2:].replace("-", "_")) for key, flag in FLAGS.items()}
-    return {key: value for key, value in named.items() if value is not None}
+    # A flag that may be repeated gives nothing in a list where it was not typed.
+    return {key: value for key, value in named.items() if value is not None and value not in ([], ())}

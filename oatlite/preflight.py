@@ -6,27 +6,23 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from safetensors import safe_open
 
 from oatlite.config.algorithms import CustomAlgorithmConfig
 from oatlite.config.flags import to_type
 from oatlite.config.schema import Config
-from oatlite.data import load_prompts, load_tokenizer
+from oatlite.data import load_prompts
 from oatlite.errors import ConfigError
 from oatlite.loading import load_callable
-from oatlite.sources import find_local, first_line
+from oatlite.model_checks import check_language_model, max_positions
+from oatlite.oracle_checks import check_oracle_models, try_oracles
+from oatlite.sources import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from oatlite.preferences import PreferenceSet
-
-WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,19 +49,19 @@ class Plan:
 def check(config: Config) -> Plan:
     """Check that a resolved configuration can run, and plan it.
 
-    Reads configurations, tokenizers and prompts, and no weights. Raises ConfigError, in one line, for the first thing
-    that cannot work.
+    Reads configurations, tokenizers and prompts, and no weights; asks an oracle that is a function or a server one
+    question. Raises ConfigError, in one line, for the first thing that cannot work, and OracleError for such an oracle.
     """
     if not config.rollout.offline:
         _check_engine(config)  # which asks no hub for anything
     policy, tokenizer = _check_policy(config)
     _check_experts(config, policy)
-    limit = _max_positions(policy)
+    limit = max_positions(policy)
     if config.model.reference is not None and config.model.reference != config.model.path:
         reference = _check_reference(config, policy, tokenizer)
-        limit = min(limit, _max_positions(reference))
+        limit = min(limit, max_positions(reference))
     if not config.rollout.offline:
-        _check_oracle(config)
+        check_oracle_models(config)
     if config.rollout.offline or isinstance(config.algorithm, CustomAlgorithmConfig):
         _check_algorithm(config)
     if config.eval.gold_score is not None:
@@ -84,6 +80,7 @@ def check(config: Config) -> Plan:
     training, held_out = load_prompts(
         config.data, config.eval.prompts, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
     )
+    try_oracles(config, training.raw_texts[0], None if training.references is None else training.references[0])
     longest = max(len(tokens) for tokens in [*training.tokens, *held_out.tokens])
     _check_lengths(config, longest, config.sampling.max_new_tokens, limit, "sampling.max_new_tokens")
     fingerprints["prompts"] = _digest([tokens.tolist() for tokens in training.tokens])
@@ -157,12 +154,12 @@ def _digest_of_pairs(pairs: PreferenceSet) -> str:
 def _check_policy(config: Config) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     if config.model.path is None:
         raise ConfigError("model.path names no policy", "type --model with a folder or a hub id")
-    return _check_language_model(config.model.path, "the policy", trust_remote_code=config.model.trust_remote_code)
+    return check_language_model(config.model.path, "the policy", trust_remote_code=config.model.trust_remote_code)
 
 
 def _check_reference(config: Config, policy: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     path = str(config.model.reference)
-    model, own = _check_language_model(path, "the reference", trust_remote_code=config.model.trust_remote_code)
+    model, own = check_language_model(path, "the reference", trust_remote_code=config.model.trust_remote_code)
     theirs, ours = (c.get_text_config().vocab_size for c in (model, policy))
     if theirs != ours or own.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
@@ -170,52 +167,6 @@ def _check_reference(config: Config, policy: PretrainedConfig, tokenizer: PreTra
             "give a reference of the policy's family",
         )
     return model
-
-
-def _check_language_model(
-    path: str, what: str, *, trust_remote_code: bool
-) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    folder = find_local(path, what)
-    try:
-        model = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a configuration of somebody else's raises
-        where = "in the folder" if folder else "as a hub id, and there is no such folder"
-        raise ConfigError(
-            f"{what} {path} has no usable configuration {where}: {first_line(error)}", "give a model folder or a hub id"
-        ) from error
-    architectures = model.architectures or []
-    is_causal = any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in architectures)
-    if not is_causal and "AutoModelForCausalLM" not in (getattr(model, "auto_map", None) or {}):
-        raise ConfigError(
-            f"{what} {path} is {', '.join(architectures) or 'of no architecture'}", "give a decoder language model"
-        )
-    _check_weights(path, what)
-    tokenizer = load_tokenizer(path, trust_remote_code)
-    if len(tokenizer) > model.get_text_config().vocab_size:
-        raise ConfigError(
-            f"the tokenizer of {path} has {len(tokenizer)} tokens, and the model {model.get_text_config().vocab_size}",
-            "save the model after resize_token_embeddings",
-        )
-    return model, tokenizer
-
-
-def _check_experts(config: Config, policy: PretrainedConfig) -> None:
-    """Configurations of models with routers that transformers can read out say how their balance is weighted."""
-    has_routers = hasattr(policy.get_text_config(), "router_aux_loss_coef")
-    if config.learner.aux_loss_coef and not has_routers:
-        raise ConfigError(
-            f"learner.aux_loss_coef = {config.learner.aux_loss_coef:g}, and {config.model.path} is no mixture of "
-            "experts",
-            "leave it out",
-        )
-
-
-def _max_positions(model: PretrainedConfig) -> float:
-    """Prompt and response tokens that the model can take; without bound for one without positions."""
-    return getattr(model.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def _check_engine(config: Config) -> None:
@@ -239,54 +190,6 @@ def _is_installed(name: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _check_weights(path: str, what: str) -> None:
-    """That a local folder has weights, and that their headers can be read. A hub id is left to its download."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return
-    files = [file for pattern in WEIGHTS for file in sorted(folder.glob(pattern))]
-    if not files:
-        raise ConfigError(f"{what} {path} has no weights", f"the folder needs {' or '.join(WEIGHTS)}")
-    for file in files:
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "np"):
-                    pass
-            except Exception as error:  # of a type that safetensors keeps to itself
-                raise ConfigError(
-                    f"{file} is no complete safetensors file: {first_line(error)}", "save it again"
-                ) from None
-
-
-def _check_oracle(config: Config) -> None:
-    from oatlite.oracles.loading import is_pairrm, read_config
-    from oatlite.oracles.reward_model import check_reward_model
-
-    path = config.oracle.path
-    if path is None:
-        raise ConfigError("oracle.path names no reward model", "give a folder or a hub id")
-    compares_pairs = is_pairrm(read_config(path))
-    limit: float = config.oracle.max_tokens
-    if not compares_pairs:
-        limit = min(limit, _max_positions(check_reward_model(path)))
-    _check_weights(path, "the reward model")
-    tokenizer = load_tokenizer(path)
-    num_responses = 2 if compares_pairs else 1
-    if num_responses * config.sampling.max_new_tokens >= limit:
-        what = "two responses together can have" if compares_pairs else "a response can have"
-        raise ConfigError(
-            f"the oracle takes {limit:.0f} tokens, prompt included, and {what} "
-            f"{num_responses * config.sampling.max_new_tokens}",
-            to_type("oracle.max_tokens", 1024) if limit == config.oracle.max_tokens else "lower --max-new-tokens",
-        )
-    if not config.oracle.chat_template:
-        return
-    if compares_pairs:
-        raise ConfigError("PairRM reads plain text, and oracle.chat_template = true", "oracle.chat_template = false")
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ConfigError(f"the tokenizer of {path} has no chat template", "set oracle.chat_template = false")
 
 
 def _check_gold_score(name: str) -> None:
@@ -334,3 +237,14 @@ def _num_steps(config: Config, num_rows: int, num_held_out: int, what: str) -> i
             _fewer_prompts(config, num_rows, what),
         )
     return config.data.epochs * (num_rows // a_step)
+
+
+def _check_experts(config: Config, policy: PretrainedConfig) -> None:
+    """Configurations of models with routers that transformers can read out say how their balance is weighted."""
+    has_routers = hasattr(policy.get_text_config(), "router_aux_loss_coef")
+    if config.learner.aux_loss_coef and not has_routers:
+        raise ConfigError(
+            f"learner.aux_loss_coef = {config.learner.aux_loss_coef:g}, and {config.model.path} is no mixture of "
+            "experts",
+            "leave it out",
+        )

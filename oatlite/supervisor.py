@@ -106,7 +106,7 @@ def train(config: Config, checkpoint: Checkpoint | None = None) -> int:
 
 def _with_demo(config: Config) -> Config:
     """Put the folders of the embedded demo where the configuration says ``demo``, building them on first use."""
-    if "demo" not in (config.model.path, config.data.prompts, config.oracle.path):
+    if "demo" not in (config.model.path, config.data.prompts, *config.oracle.path, *config.eval.oracle):
         return config
     from oatlite.demo.build import ensure_demo
 
@@ -116,10 +116,11 @@ def _with_demo(config: Config) -> Config:
         ("model", "path", demo.policy),
         ("model", "reference", demo.policy),
         ("data", "prompts", demo.prompts),
-        ("oracle", "path", demo.reward_model),
     ):
         if values[section][key] == "demo":
             values[section][key] = str(path)
+    for section, key in (("oracle", "path"), ("eval", "oracle")):
+        values[section][key] = [str(demo.reward_model) if name == "demo" else name for name in values[section][key]]
     return Config.model_validate(values)
 
 

@@ -37,10 +37,18 @@ FLAGS: dict[str, str] = {
     "lora.rank": "--lora-rank",
     "learner.reference_offload": "--reference-offload",
     "oracle.path": "--oracle",
+    "oracle.weights": "--oracle-weights",
+    "oracle.flip_prob": "--flip-prob",
+    "remote.url": "--oracle-url",
+    "judge.model": "--judge-model",
+    "judge.url": "--judge-url",
     "placement.gpus": "--gpus",
     "placement.actors": "--actors",
     "placement.learners": "--learners",
     "eval.every": "--eval-every",
+    "eval.every_queries": "--eval-every-queries",
+    "eval.oracle": "--eval-oracle",
+    "eval.best_of_n": "--best-of-n",
     "eval.prompts": "--eval-prompts",
     "checkpoint.save_every": "--save-every",
     "checkpoint.keep_last": "--keep-last",
@@ -49,8 +57,10 @@ FLAGS: dict[str, str] = {
 
 def to_type(key: str, value: Any) -> str:
     """What to type on the command line to give ``key`` this value, quoted for a shell."""
-    text = value if isinstance(value, str) else json.dumps(value)
     flag = FLAGS.get(key)
+    if flag is not None and isinstance(value, tuple):  # of names, each with the flag before it
+        return " ".join(f"{flag} {shlex.quote(str(item))}" for item in value)
+    text = value if isinstance(value, str) else json.dumps(value)
     if flag is None:
         return f"--set {shlex.quote(f'{key}={text}')}"
     if isinstance(value, bool):

@@ -49,7 +49,10 @@ Layer = dict[str, Given]
 
 ONLINE_ONLY = ("data.prompts", "data.max_queries", "oracle.path", "placement.actors")
 """Of a preset, what an offline run does not take over; given otherwise, it is refused there."""
-OFFLINE_UNREAD = ("sampling.", "oracle.", "sync.", "lora.sync", "rollout.sync_every", "eval.gold_score")
+OFFLINE_UNREAD = (
+    *("sampling.", "oracle.", "remote.", "judge.", "sync.", "lora.sync", "rollout.sync_every"),
+    *("eval.gold_score", "eval.oracle", "eval.best_of_n", "eval.online", "eval.every_queries"),
+)
 
 
 def load_config(
@@ -230,7 +233,7 @@ def _check_task(config: Config) -> None:
     if (config.model.path is None) != (config.data.prompts is None):
         given, other = ("--model", "--prompts") if config.data.prompts is None else ("--prompts", "--model")
         raise ConfigError(f"{given} is given and {other} is not", "give both, or neither for a preset")
-    if config.oracle.path is None:
+    if not config.oracle.path:
         raise ConfigError("no oracle is given", "add --oracle REWARD_MODEL (a folder or a hub id)")
 
 
@@ -250,7 +253,8 @@ def _check_offline_task(config: Config) -> None:
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
         if value:
+            shown = ", ".join(value) if isinstance(value, tuple) else value
             raise ConfigError(
-                f"{key} = {value}, and --offline has no rollouts: no actor, no prompts of its own, no oracle",
+                f"{key} = {shown}, and --offline has no rollouts: no actor, no prompts of its own, no oracle",
                 "leave it out, or leave out --offline",
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oatlite.config.flags import to_type
+from oatlite.config.oracle_names import kind_of
 from oatlite.config.placement import places
 from oatlite.config.schema import Config
 from oatlite.errors import ConfigError
@@ -40,6 +41,7 @@ def resolve(config: Config, num_gpus: int, *, is_resumed: bool = False) -> Confi
     _check_ranks(resolved)
     resolved = _with_transport(resolved)
     _check_batches(resolved, batch_size_is_default=config.learner.batch_size is None)
+    _check_oracles(resolved)
     _check_paths(resolved)
     if not is_resumed:
         _check_run_folder(resolved)
@@ -91,7 +93,8 @@ def _filled(config: Config, num_gpus: int) -> dict[str, Any]:
     default(placement, "actors", 0 if config.rollout.offline else max(placement["gpus"], placement["learners"]))
     default(model, "reference", model["path"])
     default(model, "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
-    values["oracle"]["path"] = PAIRRM.get(values["oracle"]["path"], values["oracle"]["path"])
+    for section, key in (("oracle", "path"), ("eval", "oracle")):
+        values[section][key] = tuple(PAIRRM.get(name, name) for name in values[section][key])
     default(values["oracle"], "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
     if values["lora"]["rank"]:
         default(values["lora"], "alpha", 2 * values["lora"]["rank"])
@@ -259,23 +262,52 @@ def _check_batches(config: Config, *, batch_size_is_default: bool) -> None:
 
 
 def _check_paths(config: Config) -> None:
-    for key in ("model.path", "model.reference", "oracle.path", "data.prompts", "data.preferences"):
-        section, name = key.split(".")
-        path = getattr(getattr(config, section), name)
-        if path is None:
-            continue
+    for key, path in named_paths(config):
         looks_local = path.startswith(("/", "./", "../", "~")) or path.endswith(DATA_SUFFIXES)
-        if looks_local and not Path(path).exists():
+        if looks_local and ":" not in path and not Path(path).exists():
             home = " (~ is not expanded here: give the whole path)" if path.startswith("~") else ""
             raise ConfigError(f"{key} = {path}: there is no such file or folder{home}", "give its path")
-    for key, reference in (("algorithm.name", config.algorithm.name), ("eval.gold_score", config.eval.gold_score)):
-        if reference is None or (key == "algorithm.name" and ":" not in reference):
-            continue
+    named = [("algorithm.name", config.algorithm.name), *_oracle_names(config)]
+    named = [(key, name) for key, name in named if ":" in name and not Path(name).exists()]
+    if config.eval.gold_score is not None:
+        named.append(("eval.gold_score", config.eval.gold_score))
+    for key, reference in named:
         file, _, name = reference.rpartition(":")
         if not file or not name.isidentifier():
             raise ConfigError(f"{key} = {reference!r} must look like file.py:name", "give the file and the name in it")
         if file.endswith(".py") and not Path(file).is_file():
             raise ConfigError(f"{key} = {reference}: there is no file {file}", "give its path from this folder")
+
+
+def named_paths(config: Config) -> list[tuple[str, str]]:
+    """Every model and dataset that a configuration names, each with its key: files, folders or hub ids."""
+    keys = ("model.path", "model.reference", "data.prompts", "data.preferences")
+    values = [(key, getattr(getattr(config, key.split(".")[0]), key.split(".")[1])) for key in keys]
+    models = [(key, name) for key, name in _oracle_names(config) if kind_of(name) == "model"]
+    return [(key, value) for key, value in [*values, *models] if value is not None]
+
+
+def _oracle_names(config: Config) -> list[tuple[str, str]]:
+    keys = (("oracle.path", config.oracle.path), ("eval.oracle", config.eval.oracle))
+    return [(key, name) for key, names in keys for name in names]
+
+
+def _check_oracles(config: Config) -> None:
+    """That each oracle has what its kind needs, and several have a weight each."""
+    names = [name for _, name in _oracle_names(config)]
+    if "remote" in names and config.remote.url is None:
+        raise ConfigError("the oracle is remote, and its server is not named", "add --oracle-url http://HOST:PORT")
+    if "judge" in names and config.judge.model is None:
+        raise ConfigError("the oracle is a judge, and its model is not named", "add --judge-model NAME")
+    for key, url in (("remote.url", config.remote.url), ("judge.url", config.judge.url)):
+        if url is not None and not re.match(r"https?://[^/\s]+", url):
+            raise ConfigError(f"{key} = {url} is no web address", f"type {to_type(key, 'http://HOST:PORT')}")
+    weights, paths = config.oracle.weights, config.oracle.path
+    if weights and len(weights) != len(paths):
+        raise ConfigError(
+            f"oracle.weights has {_count(len(weights), 'number')}, and there are {_count(len(paths), 'oracle')}",
+            f"type {to_type('oracle.weights', ','.join('1' * len(paths)))}" if len(paths) > 1 else "leave it out",
+        )
 
 
 def _check_run_folder(config: Config) -> None:

@@ -8,12 +8,33 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from oatlite.config.algorithms import AlgorithmConfig, SimPOConfig
 from oatlite.config.section import Probability, Section
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _names(value: object) -> object:
+    """A single name stands for a list of one, and nothing for none."""
+    if isinstance(value, str):
+        return (value,) if value else ()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _numbers(value: object) -> object:
+    """``0.7,0.3``, as it is typed on a command line."""
+    if not isinstance(value, str):
+        return tuple(value) if isinstance(value, list) else value
+    try:
+        return tuple(float(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise ValueError("must be numbers with commas between them, as in 0.7,0.3") from None
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
 
 
 class RunConfig(Section):
@@ -113,7 +134,12 @@ class LearnerConfig(Section):
 
 
 class OracleConfig(Section):
-    path: str | None = Field(None, description="reward model: a folder, a hub id, pairrm, or demo")
+    path: Names = Field(
+        (),
+        description="reward model (folder or hub id), pairrm, file.py:function, remote, judge, or demo; several: their "
+        "rewards are added",
+    )
+    weights: Numbers = Field((), description="of several oracles, as in 0.7,0.3; default: 1 each")
     chat_template: bool = Field(False, description="wrap prompt and response in the oracle's chat template")
     max_tokens: PositiveInt = Field(
         1024, description="prompt and response (of pairrm: both) together; longer pairs carry no weight"
@@ -123,10 +149,49 @@ class OracleConfig(Section):
     feedback: Literal["threshold", "bernoulli"] = Field(
         "threshold", description="the verdict is the likelier side, or drawn from the win probability"
     )
+    flip_prob: Probability = Field(0.0, description="label noise: share of verdicts that are turned around")
+
+
+class RemoteConfig(Section):
+    """A reward model or another oracle behind ``oatlite serve-oracle``, or oat's server."""
+
+    url: str | None = Field(None, description="server of --oracle remote, as in http://127.0.0.1:8000")
+    batch_size: PositiveInt = Field(32, description="pairs per request")
+    concurrency: PositiveInt = Field(4, description="requests at once, of each actor")
+    timeout_s: PositiveFloat = Field(60, description="one request may take so long; then it is asked again")
+    max_answer_mib: PositiveInt = Field(16, description="a longer answer is refused")
+    token_env: str = Field(
+        "OATLITE_ORACLE_TOKEN", description="environment variable with the server's token, if it wants one"
+    )
+
+
+class JudgeConfig(Section):
+    """A language model that is asked which response is better, behind an OpenAI-compatible endpoint."""
+
+    model: str | None = Field(None, description="name of the judge at its endpoint, for --oracle judge")
+    url: str = Field("https://api.openai.com/v1", description="OpenAI-compatible endpoint of --oracle judge")
+    key_env: str = Field("OPENAI_API_KEY", description="environment variable with the endpoint's key")
+    template: str | None = Field(None, description="file with the prompt for the judge; default: for summaries")
+    order: Literal["both", "random"] = Field(
+        "both", description="ask in both orders and take the mean, or in one at random for half the price"
+    )
+    concurrency: PositiveInt = Field(8, description="requests at once, of each actor")
+    timeout_s: PositiveFloat = Field(60, description="one request may take so long; then it is asked again")
 
 
 class EvalConfig(Section):
     every: PositiveInt = Field(20, description="steps between evaluations; both ends are always evaluated")
+    every_queries: PositiveInt | None = Field(
+        None, description="oracle queries between evaluations, in place of eval.every"
+    )
+    oracle: Names = Field((), description="judges evaluations instead of --oracle; the same kinds of names")
+    best_of_n: PositiveInt = Field(
+        1, description="evaluate the best of so many samples, picked by --oracle, and not the greedy response"
+    )
+    best_of_n_temperature: PositiveFloat = Field(0.7, description="temperature of those samples")
+    online: bool = Field(
+        False, description="judge the training responses against the dataset's answers too, at each step"
+    )
     prompts: NonNegativeInt = Field(200, description="held-out prompts, offline held-out pairs; 0: no evaluation")
     gold_score: str | None = Field(
         None, description="file.py:function(prompt, response) -> float, logged beside the oracle and never trained on"
@@ -189,6 +254,8 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     algorithm: AlgorithmConfig = SimPOConfig()
     oracle: OracleConfig = OracleConfig()
+    remote: RemoteConfig = RemoteConfig()
+    judge: JudgeConfig = JudgeConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     placement: PlacementConfig = PlacementConfig()

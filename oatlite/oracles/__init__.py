@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from oatlite.config.schema import OracleConfig
+from collections.abc import Sequence
+
+from oatlite.config.oracle_names import kind_of
+from oatlite.config.schema import Config
 from oatlite.errors import ConfigError
 from oatlite.oracles.base import PreferenceOracle, RewardOracle, Verdicts, checked, draw_verdicts, trainable_pairs
-from oatlite.oracles.loading import is_pairrm, read_config
 
 __all__ = [
     "PreferenceOracle",
@@ -18,30 +20,60 @@ __all__ = [
 ]
 
 
-def build_oracle(config: OracleConfig, *, device: str) -> PreferenceOracle:
-    """The oracle that ``config`` describes, loaded on ``device`` ("cpu", "cuda:0", ...).
+def build_oracle(names: Sequence[str], config: Config, *, device: str) -> PreferenceOracle:
+    """The oracle that ``names`` give, as ``config.oracle.path`` or ``config.eval.oracle`` does; models are loaded on
+    ``device`` ("cpu", "cuda:0", ...).
 
-    Raises ConfigError when it cannot be loaded.
+    Several names are one oracle by the weighted sum of their rewards. Raises ConfigError when one cannot be had.
     """
-    if config.path is None:
-        raise ConfigError("oracle.path names no reward model", "give a folder or a hub id")
-    if is_pairrm(read_config(config.path)):
+    if not names:
+        raise ConfigError("oracle.path names no oracle", "give a reward model, a folder or a hub id")
+    oracles = [_build(name, config, device) for name in names]
+    if len(oracles) == 1:
+        return oracles[0]
+    from oatlite.oracles.weighted import WeightedOracle
+
+    return WeightedOracle(names, oracles, config.oracle.weights or [1.0] * len(names))
+
+
+def _build(name: str, config: Config, device: str) -> PreferenceOracle:
+    kind = kind_of(name)
+    if kind == "function":
+        from oatlite.oracles.function import load_function_oracle
+
+        return load_function_oracle(name)
+    if kind == "remote":
+        from oatlite.oracles.remote import RemoteOracle
+
+        return RemoteOracle(config.remote, deadline_s=config.timeouts.oracle_s)
+    if kind == "judge":
+        from oatlite.oracles.judge import JudgeOracle
+
+        return JudgeOracle(config.judge, seed=config.run.seed, deadline_s=config.timeouts.oracle_s)
+    return _load_model(name, config, device)
+
+
+def _load_model(path: str, config: Config, device: str) -> PreferenceOracle:
+    from oatlite.oracles.loading import is_pairrm, read_config
+
+    options = config.oracle
+    if is_pairrm(read_config(path)):
         from oatlite.oracles.pairrm import PairRMOracle
 
         return PairRMOracle(
-            config.path,
-            max_tokens=config.max_tokens,
-            batch_tokens=config.batch_tokens,
-            dtype=config.dtype,
+            path,
+            max_tokens=options.max_tokens,
+            batch_tokens=options.batch_tokens,
+            dtype=options.dtype,
             device=device,
         )
     from oatlite.oracles.reward_model import RewardModelOracle
 
     return RewardModelOracle(
-        config.path,
-        chat_template=config.chat_template,
-        max_tokens=config.max_tokens,
-        batch_tokens=config.batch_tokens,
-        dtype=config.dtype,
+        path,
+        chat_template=options.chat_template,
+        max_tokens=options.max_tokens,
+        batch_tokens=options.batch_tokens,
+        dtype=options.dtype,
         device=device,
     )

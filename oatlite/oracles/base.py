@@ -36,7 +36,18 @@ class Verdicts:
 
 
 class PreferenceOracle(ABC):
-    """Says which of two responses to a prompt is better."""
+    """Says which of two responses to a prompt is better.
+
+    A user's own, with ``--oracle file.py:Class``, is made without arguments.
+    """
+
+    @property
+    def num_failures(self) -> int:
+        """Requests that failed and were made again, since the start; none where nothing is asked over a network."""
+        return 0
+
+    def close(self) -> None:  # noqa: B027  # most hold nothing
+        """Let go of connections, if there are any."""
 
     @abstractmethod
     def compare(
@@ -78,7 +89,7 @@ class RewardOracle(PreferenceOracle):
             [response for _, response, _ in distinct],
             None if references is None else [str(reference) for _, _, reference in distinct],
         )
-        scores = _checked_scores(scores, len(distinct))
+        scores = checked_scores(scores, len(distinct))
         both = scores[[index[item] for item in asked]].reshape(2, len(prompts))
         is_valid = np.isfinite(both[0]) & np.isfinite(both[1])
         return Verdicts(
@@ -116,7 +127,8 @@ def checked(verdicts: Verdicts, count: int) -> Verdicts:
     return verdicts
 
 
-def _checked_scores(scores: Floats, count: int) -> Floats:
+def checked_scores(scores: Floats, count: int) -> Floats:
+    """``scores`` (count,) float32, NaN where there is none; OracleError for another shape or an infinite one."""
     scores = np.asarray(scores, np.float32)
     if scores.shape != (count,):
         raise OracleError(f"the oracle was asked for {count} scores and gave an array of shape {scores.shape}")

@@ -45,7 +45,7 @@ def run_actor(spec: WorkerSpec, lifeline: Lifeline) -> None:
     engine = Engine(_engine_options(spec))
     lifeline.stage("starting", "oracle")
     with engine.hugging_face_models():
-        oracle = build_oracle(spec.config.oracle, device=spec.device)
+        oracle = build_oracle(spec.config.oracle.path, spec.config, device=spec.device)
     lifeline.stage("starting", "warm-up")
     longest = max(1, min(16, spec.max_model_len - WARM_UP_TOKENS))
     log.info("warmed up in %.1f s", engine.warm_up(np.arange(1, 1 + longest, dtype=np.int32)))

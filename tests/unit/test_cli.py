@@ -160,9 +160,12 @@ def test_every_flag_reaches_its_option(trained: list[Any]) -> None:
         "data.max_prompts": 800, "data.epochs": 2, "data.max_queries": 900, "algorithm.name": "dpo",
         "algorithm.beta": 0.7, "learner.lr": 0.3, "rollout.sync_every": 4, "sampling.max_new_tokens": 5,
         "sampling.temperature": 0.2, "rollout.prompts_per_step": 80, "learner.batch_size": 40,
-        "learner.micro_batch_size": 4, "oracle.path": "o", "placement.gpus": 0, "placement.actors": 2,
+        "learner.micro_batch_size": 4, "oracle.path": ("o", "judge"), "oracle.weights": "0.7,0.3",
+        "oracle.flip_prob": 0.1, "remote.url": "http://h:1", "judge.model": "j", "judge.url": "http://h:2",
+        "placement.gpus": 0, "placement.actors": 2,
         "lora.rank": 16, "learner.reference_offload": True,
-        "placement.learners": 2, "eval.every": 3, "eval.prompts": 11,
+        "placement.learners": 2, "eval.every": 3, "eval.prompts": 11, "eval.every_queries": 99,
+        "eval.oracle": ("remote",), "eval.best_of_n": 4,
             "checkpoint.save_every": 7, "checkpoint.keep_last": 3,
     }  # fmt: skip
     # Flags that go with no rollouts, and with what does not contradict them.
@@ -173,7 +176,8 @@ def test_every_flag_reaches_its_option(trained: list[Any]) -> None:
         assert main(["train", *typed]) == 0
         for key, value in given.items():
             section, _, name = key.partition(".")
-            assert getattr(getattr(trained[number], section), name) == value, key
+            expected = (0.7, 0.3) if key == "oracle.weights" else value
+            assert getattr(getattr(trained[number], section), name) == expected, key
             if key != "placement.gpus":
                 assert getattr(getattr(default, section), name) != value, f"{key} proves nothing with its default"
 

@@ -72,7 +72,7 @@ def test_no_task_given_means_the_demo_on_the_cpu_and_tldr_on_gpus() -> None:
     assert resolved(0).placement.gpus == 0
     for there, used in ((1, 1), (2, 2), (4, 2)):
         config = resolved(there)
-        assert config.oracle.path == "llm-blender/PairRM-hf"
+        assert config.oracle.path == ("llm-blender/PairRM-hf",)
         assert config.placement.gpus == config.placement.actors == config.placement.learners == used
     assert resolved(4, flags={"placement.gpus": 4}).placement.gpus == 4
     on_cpu = resolved(4, flags={"placement.gpus": 0})
@@ -85,7 +85,7 @@ OFFLINE = {"rollout.offline": True, "data.preferences": "some/pairs", "model.pat
 def test_an_offline_run_has_learners_alone() -> None:
     config = resolved(2, flags=OFFLINE)
     assert (config.placement.learners, config.placement.actors) == (2, 0)
-    assert (config.oracle.path, config.data.prompts) == (None, None)
+    assert (config.oracle.path, config.data.prompts) == ((), None)
     assert resolve(config, 2) == config
     assert [place.name for place in places(config, cores=(0, 1))] == ["learner 0", "learner 1"]
 
@@ -93,7 +93,7 @@ def test_an_offline_run_has_learners_alone() -> None:
 def test_an_offline_run_takes_of_a_preset_what_it_can_use() -> None:
     config = resolved(2, preset="tldr", flags={key: OFFLINE[key] for key in ("rollout.offline", "data.preferences")})
     assert config.model.path == "trl-lib/pythia-1b-deduped-tldr-sft" and config.learner.lr == 5e-7
-    assert (config.oracle.path, config.data.prompts, config.data.max_prompts) == (None, None, None)
+    assert (config.oracle.path, config.data.prompts, config.data.max_prompts) == ((), None, None)
 
 
 @pytest.mark.parametrize(

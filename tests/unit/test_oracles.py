@@ -8,7 +8,7 @@ import torch
 from small_folders import byte_tokenizer, save_model
 from transformers import AutoModelForSequenceClassification
 
-from oatlite.config.schema import OracleConfig
+from oatlite.config.schema import Config, OracleConfig
 from oatlite.errors import ConfigError, OracleError
 from oatlite.oracles import RewardOracle, Verdicts, build_oracle, checked, draw_verdicts, trainable_pairs
 from oatlite.oracles.reward_model import RewardModelOracle, check_reward_model
@@ -263,9 +263,10 @@ def test_scores_that_are_not_numbers_are_an_oracle_error(tmp_path):
 
 def test_build_oracle_loads_what_the_configuration_names(tmp_path):
     path = save_model(tmp_path / "rm", reward=True)
-    oracle = build_oracle(OracleConfig(path=path, max_tokens=17, batch_tokens=99), device="cpu")
+    oracle = build_oracle([path], Config(oracle=OracleConfig(max_tokens=17, batch_tokens=99)), device="cpu")
     assert (oracle.path, oracle.max_tokens, oracle.batch_tokens, oracle.chat_template) == (path, 17, 99, False)
     assert oracle.model.dtype == torch.float32
-    assert build_oracle(OracleConfig(path=path, dtype="bfloat16"), device="cpu").model.dtype == torch.bfloat16
+    halved = Config(oracle=OracleConfig(dtype="bfloat16"))
+    assert build_oracle([path], halved, device="cpu").model.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match=r"oracle\.path"):
-        build_oracle(OracleConfig(), device="cpu")
+        build_oracle([], Config(), device="cpu")

@@ -7,7 +7,7 @@ from small_folders import byte_tokenizer
 from small_pairrm import PREFIXES, save_pairrm
 
 from oatlite.config.load import load_config, resolve
-from oatlite.config.schema import OracleConfig
+from oatlite.config.schema import Config, OracleConfig
 from oatlite.errors import ConfigError, OracleError
 from oatlite.oracles import build_oracle
 from oatlite.oracles.pairrm import PairRMOracle
@@ -25,7 +25,7 @@ def test_it_equals_the_published_steps_pair_by_pair_and_averages_both_orders(tmp
         expected.append(1 / (1 + np.exp(-(forward - backward) / 2)))
     assert np.ptp(expected) > 0.05, "the pairs must be told apart for this to show anything"
     for batch_tokens in (1, 150, 10_000):
-        oracle = build_oracle(OracleConfig(path=path, batch_tokens=batch_tokens), device="cpu")
+        oracle = build_oracle([path], Config(oracle=OracleConfig(batch_tokens=batch_tokens)), device="cpu")
         assert isinstance(oracle, PairRMOracle)
         verdicts = oracle.compare(PROMPTS, FIRST, SECOND)
         np.testing.assert_allclose(verdicts.first_win, expected, atol=1e-5)
@@ -81,4 +81,4 @@ def test_what_is_no_complete_pairrm_is_refused_in_a_line(tmp_path):
 
 def test_its_name_stands_for_the_published_checkpoint():
     config = resolve(load_config(preset="demo", flags={"oracle.path": "pairrm"}, num_gpus=0), 0)
-    assert config.oracle.path == "llm-blender/PairRM-hf"
+    assert config.oracle.path == ("llm-blender/PairRM-hf",)

@@ -82,7 +82,7 @@ def test_missing_things_are_named(options, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(changed(options, model={"path": str(tmp_path / "empty")}), "no usable configuration in the folder")
     refused(changed(options, model={"path": None}), "model.path")
-    refused(changed(options, oracle={"path": None}), "oracle.path")
+    refused(changed(options, oracle={"path": ()}), "oracle.path")
     refused(changed(options, data={"prompts": None}), "data.prompts")
     refused(changed(options, data={"prompt_key": "query"}), "no column query", "prompt, reference")
     refused(changed(options, data={"split": "test"}), "no split test")

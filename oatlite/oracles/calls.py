@@ -1,0 +1,194 @@
+"""Requests to somebody else's server: pooled, several at once, asked again with backoff, and believed in nothing.
+
+An answer is read uncompressed and up to a limit, so that no server can fill our memory. What is worth asking again
+(no connection, no answer in time, 408, 429, 5xx, an answer that makes no sense) is asked again after a pause, or when
+the server said; what will not change (401, 404, ...) ends the run at once. All requests of a call share one deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+import httpx
+
+from oatlite.errors import OracleError
+
+T = TypeVar("T")
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
+MAX_BAD_ANSWERS = 3
+AGAIN = (408, 409, 425, 429, *range(500, 600))
+REFUSED = (401, 403)
+MAX_SHOWN = 200
+
+
+class BadAnswer(Exception):
+    """An answer arrived, and cannot be used; ``str`` says why."""
+
+
+class _Failed(Exception):
+    """One attempt failed; ``pause_s`` is what the server asked us to wait, if it did."""
+
+    def __init__(self, why: str, pause_s: float | None = None, *, is_bad_answer: bool = False) -> None:
+        super().__init__(why)
+        self.pause_s = pause_s
+        self.is_bad_answer = is_bad_answer
+
+
+class Caller:
+    """Posts to one ``url``, which ``what`` names in errors, as in "the oracle server".
+
+    ``headers`` go with each request, and their values never into an error. ``deadline_s`` bounds a call of
+    :meth:`ask_all`, ``timeout_s`` one attempt, ``concurrency`` the requests that are under way together.
+    ``num_failures`` counts attempts that failed, since the start.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        what: str,
+        concurrency: int,
+        timeout_s: float,
+        deadline_s: float,
+        max_answer_bytes: int,
+        headers: Mapping[str, str] | None = None,
+        secrets: Sequence[str] = (),
+    ) -> None:
+        self.url = url
+        self.what = what
+        self.num_failures = 0
+        self._concurrency = concurrency
+        self._timeout_s = timeout_s
+        self._deadline_s = deadline_s
+        self._max_answer_bytes = max_answer_bytes
+        self._secrets = [secret for secret in secrets if secret]
+        self._runner = asyncio.Runner()
+        self._client: httpx.AsyncClient | None = None
+        self._headers = {"Accept-Encoding": "identity", **(headers or {})}
+        self._not_before = 0.0
+
+    def ask_all(self, bodies: Sequence[bytes], read: Callable[[int, bytes], T]) -> list[T]:
+        """Post each body and give ``read(i, answer)`` of each, in order.
+
+        ``read`` raises :class:`BadAnswer` for what it cannot use. Raises OracleError, with the url, when the deadline
+        passes, when one body got MAX_BAD_ANSWERS bad answers, or when the server refuses.
+        """
+        return self._runner.run(self._ask_all(bodies, read))
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._runner.run(self._client.aclose())
+        self._runner.close()
+
+    async def _ask_all(self, bodies: Sequence[bytes], read: Callable[[int, bytes], T]) -> list[T]:
+        if self._client is None:
+            limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
+            self._client = httpx.AsyncClient(limits=limits, headers=self._headers, timeout=None)
+        gate = asyncio.Semaphore(self._concurrency)
+        deadline = time.monotonic() + self._deadline_s
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._ask(gate, deadline, body, partial(read, i)))
+                    for i, body in enumerate(bodies)
+                ]
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _ask(self, gate: asyncio.Semaphore, deadline: float, body: bytes, read: Callable[[bytes], T]) -> T:
+        num_attempts = num_bad = 0
+        while True:
+            async with gate:
+                await self._wait_as_told(deadline)
+                num_attempts += 1
+                try:
+                    return read(await self._post(body, deadline))
+                except BadAnswer as error:
+                    failed = _Failed(self._without_secrets(str(error)), is_bad_answer=True)
+                except _Failed as error:
+                    failed = error
+            self.num_failures += 1
+            num_bad += failed.is_bad_answer
+            pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (num_attempts - 1))
+            if failed.pause_s is not None:
+                pause_s = failed.pause_s
+                self._not_before = max(self._not_before, time.monotonic() + pause_s)
+            if num_bad >= MAX_BAD_ANSWERS or time.monotonic() + pause_s >= deadline:
+                times = "once" if num_attempts == 1 else f"{num_attempts} times"
+                raise self._error(f"{failed} (asked {times})")
+            await asyncio.sleep(pause_s)
+
+    async def _wait_as_told(self, deadline: float) -> None:
+        """Until the pause that the server asked for is over, for all requests."""
+        left_s = self._not_before - time.monotonic()
+        if left_s > 0:
+            if self._not_before >= deadline:
+                raise self._error(f"asks to wait {left_s:.0f} s, which is past the deadline")
+            await asyncio.sleep(left_s)
+
+    async def _post(self, body: bytes, deadline: float) -> bytes:
+        """The answer's body. Raises _Failed for what is worth another attempt."""
+        assert self._client is not None
+        timeout_s = min(self._timeout_s, max(0.0, deadline - time.monotonic()))
+        try:
+            async with asyncio.timeout(timeout_s), self._client.stream("POST", self.url, content=body) as response:
+                answer = await self._read(response)
+                self._check_status(response, answer)
+                return answer
+        except TimeoutError:
+            raise _Failed(f"gave no answer within {timeout_s:.0f} s") from None
+        except httpx.HTTPError as error:
+            raise _Failed(f"cannot be reached: {type(error).__name__} {self._without_secrets(str(error))}") from None
+
+    async def _read(self, response: httpx.Response) -> bytes:
+        encoding = response.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise BadAnswer(f"answers in the encoding {encoding[:MAX_SHOWN]}, which was not asked for")
+        parts, size = [], 0
+        async for part in response.aiter_raw():
+            size += len(part)
+            if size > self._max_answer_bytes:
+                raise BadAnswer(f"answers with more than {self._max_answer_bytes} bytes")
+            parts.append(part)
+        return b"".join(parts)
+
+    def _check_status(self, response: httpx.Response, answer: bytes) -> None:
+        code = response.status_code
+        if code == 200:
+            return
+        if code in REFUSED:  # what it says of the key may hold the key
+            raise self._error(f"refuses us with {code}")
+        words = self._without_secrets(" ".join(answer[: 4 * MAX_SHOWN].decode("utf-8", "replace").split()))
+        why = f"answers {code} {words[:MAX_SHOWN]}".rstrip()
+        if code not in AGAIN:
+            raise self._error(why)
+        raise _Failed(why, _retry_after(response.headers.get("retry-after")))
+
+    def _error(self, why: str) -> OracleError:
+        return OracleError(f"{self.what} at {self.url} {why}")
+
+    def _without_secrets(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Seconds to wait: the header holds a number or a date."""
+    if header is None:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return None

@@ -1,0 +1,139 @@
+"""A Python function as the oracle, for rewards that can be verified. The names of its parameters say what it is.
+
+    def score(prompt, response): ...                a reward, any finite number
+    def score(prompt, response, reference): ...     the same, beside the dataset's answer
+    def prefer(prompt, first, second): ...          the probability that the first response is better, or a boolean
+
+Any of these may leave out ``prompt`` or add ``reference``, and answer None where it cannot say: such a pair carries no
+weight. A class derived from :class:`PreferenceOracle` or :class:`RewardOracle`, made without arguments, does as well,
+and sees a batch at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from oatlite.errors import ConfigError, OracleError
+from oatlite.loading import load_callable
+from oatlite.oracles.base import Floats, PreferenceOracle, RewardOracle, Verdicts
+from oatlite.sources import first_line
+
+log = logging.getLogger(__name__)
+
+FORMS = "write score(prompt, response), score(prompt, response, reference) or prefer(prompt, first, second)"
+REWARD, PREFERENCE = {"prompt", "response", "reference"}, {"prompt", "first", "second", "reference"}
+
+
+def load_function_oracle(name: str) -> PreferenceOracle:
+    """The oracle that ``file.py:name`` or ``package.module:name`` stands for.
+
+    Raises ConfigError where it cannot be imported or has other parameters than those of the top of this file.
+    """
+    found = load_callable(name)
+    if inspect.isclass(found):
+        if not issubclass(found, PreferenceOracle):
+            raise ConfigError(f"the oracle {name} is a class that is no PreferenceOracle", "derive it from one")
+        try:
+            oracle: PreferenceOracle = found()
+        except Exception as error:  # a user's code raises what it likes
+            raise ConfigError(
+                f"the oracle {name} cannot be made: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        return oracle
+    parameters = _parameters(name, found)
+    if {"first", "second"} <= parameters <= PREFERENCE:
+        return FunctionPreference(name, found, parameters)
+    if {"response"} <= parameters <= REWARD:
+        return FunctionReward(name, found, parameters)
+    raise ConfigError(f"the oracle {name} takes ({', '.join(sorted(parameters))})", FORMS)
+
+
+def _parameters(name: str, function: Callable[..., Any]) -> set[str]:
+    """Names of what it must be given, and of what it may be given that we have."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the oracle {name} has no signature: {first_line(error)}", FORMS) from error
+    names = set()
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        is_optional = parameter.default is not parameter.empty
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ConfigError(f"the oracle {name} takes {parameter.name} by position alone", FORMS)
+        if parameter.name in REWARD | PREFERENCE or not is_optional:
+            names.add(parameter.name)
+    return names
+
+
+class _Function:
+    def __init__(self, name: str, function: Callable[..., Any], parameters: set[str]) -> None:
+        self._name = name
+        self._function = function
+        self._parameters = parameters
+
+    def _call(self, **values: str | None) -> float:
+        """What it answers, NaN for None. Raises OracleError for an exception of its own, or what is no number."""
+        if "reference" in self._parameters and values["reference"] is None:
+            raise OracleError(
+                f"the oracle {self._name} takes a reference, and the data has none", "type --reference-key COLUMN"
+            )
+        try:
+            value = self._function(**{name: values[name] for name in self._parameters})
+        except Exception as error:  # a user's code raises what it likes
+            log.exception("the oracle %s raised", self._name)
+            raise OracleError(f"the oracle {self._name} raised {type(error).__name__}: {first_line(error)}") from error
+        if value is None:
+            return math.nan
+        if hasattr(value, "item"):  # a number of numpy or torch
+            value = value.item()
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise OracleError(f"the oracle {self._name} returned {str(value)[:80]!r}, which is no finite number")
+        return float(value)
+
+
+class FunctionReward(_Function, RewardOracle):
+    """Calls ``function`` once for each response."""
+
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str] | None = None
+    ) -> Floats:
+        """See :meth:`RewardOracle.score`."""
+        answers = references if references is not None else [None] * len(prompts)
+        return np.array(
+            [
+                self._call(prompt=prompt, response=response, reference=answer)
+                for prompt, response, answer in zip(prompts, responses, answers, strict=True)
+            ],
+            np.float32,
+        )
+
+
+class FunctionPreference(_Function, PreferenceOracle):
+    """Calls ``function`` once for each pair."""
+
+    def compare(
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        references: Sequence[str] | None = None,
+    ) -> Verdicts:
+        """See :meth:`PreferenceOracle.compare`."""
+        answers = references if references is not None else [None] * len(prompts)
+        wins = np.array(
+            [
+                self._call(prompt=prompt, first=one, second=other, reference=answer)
+                for prompt, one, other, answer in zip(prompts, first, second, answers, strict=True)
+            ],
+            np.float32,
+        )
+        is_valid = ~np.isnan(wins)
+        return Verdicts(first_win=np.where(is_valid, wins, np.float32(0.5)), is_valid=is_valid)
