@@ -8,7 +8,7 @@ from typing import Any
 from oatlite.config.schema import Config
 from oatlite.data import PromptSet
 from oatlite.metrics.records import Mean
-from oatlite.oracles.base import Verdicts
+from oatlite.oracles.base import Verdicts, wins
 from oatlite.workers.contracts import Actors, Share
 from oatlite.workers.experience import EVAL_SEEDS, sample_seeds, sampling_options
 from oatlite.workers.gold import GoldScore
@@ -45,7 +45,7 @@ class Judge:
         prompts = [held_out.raw_texts[i] for i in mine]
         responses = [found[0].text for found in candidates]
         references = [held_out.references[i] for i in mine]
-        verdicts, _ = self._actors.compare(prompts, responses, references, references)
+        verdicts, _ = self._actors.compare(prompts, responses, references, references, purpose="eval")
         means = _oracle_means(verdicts)
         means["response_tokens"], means["truncated"] = Mean(), Mean()
         for found in candidates:
@@ -66,9 +66,8 @@ class Judge:
 
 def _oracle_means(verdicts: Verdicts) -> dict[str, Mean]:
     means = {name: Mean() for name in ("win_rate", "win_probability", "reward", "reference_reward")}
-    wins = verdicts.first_win[verdicts.is_valid].tolist()
-    means["win_probability"].extend(wins)
-    means["win_rate"].extend(0.5 if win == 0.5 else float(win > 0.5) for win in wins)
+    means["win_probability"].extend(verdicts.first_win[verdicts.is_valid].tolist())
+    means["win_rate"].extend(wins(verdicts))
     for name, scores in (("reward", verdicts.first_scores), ("reference_reward", verdicts.second_scores)):
         if scores is not None:
             means[name].extend(scores[verdicts.is_valid].tolist())
