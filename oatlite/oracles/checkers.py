@@ -30,7 +30,7 @@ def number(response: str, reference: str) -> float | None:
     found = _last_number(response)
     if found is None:
         return 0.0
-    return float(abs(found - expected) <= TOLERANCE * max(abs(expected), 1))
+    return float(abs(found - expected) <= TOLERANCE * max(abs(expected), Fraction(1)))
 
 
 def choice(response: str, reference: str) -> float | None:

@@ -275,6 +275,18 @@ def test_evaluations_ask_their_own_oracle_and_training_does_not() -> None:
     assert last["reward"] == pytest.approx(-same.journal.of("eval")[-1]["reward"])
 
 
+def test_the_best_of_several_samples_is_judged_on_request() -> None:
+    def evals(best_of_n: int) -> list[dict[str, object]]:
+        settings = {"eval": {"best_of_n": best_of_n, "best_of_n_temperature": 1.5}}
+        return rehearse(algorithm(), share_of_e, steps=4, settings=settings).journal.of("eval")
+
+    one, many = evals(1), evals(16)
+    assert many[0]["reward"] > one[0]["reward"] + 0.2  # type: ignore[operator]
+    assert [record["queries"] for record in many] == [record["queries"] for record in one], "they are no queries"
+    plain = rehearse(algorithm(), share_of_e, steps=4).journal.of("eval")
+    assert _without_perf(one) == _without_perf(plain), "one is the greedy response, whatever the temperature"
+
+
 def test_training_responses_are_judged_against_the_references_on_request() -> None:
     plain = rehearse(algorithm(), share_of_e, steps=10)
     judged = rehearse(
