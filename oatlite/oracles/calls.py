@@ -40,6 +40,16 @@ class _Failed(Exception):
         self.is_bad_answer = is_bad_answer
 
 
+class _Refused(Exception):
+    """The server will not answer this request, however often it is made; ``error`` is what that means to a person."""
+
+    def __init__(self, status: int, answer: bytes, error: OracleError) -> None:
+        super().__init__(status)
+        self.status = status
+        self.answer = answer
+        self.error = error
+
+
 class Caller:
     """Posts to one ``url``, which ``what`` names in errors, as in "the oracle server".
 
@@ -73,20 +83,32 @@ class Caller:
         self._headers = {"Accept-Encoding": "identity", **(headers or {})}
         self._not_before = 0.0
 
-    def ask_all(self, bodies: Sequence[bytes], read: Callable[[int, bytes], T]) -> list[T]:
+    def ask_all(
+        self,
+        bodies: Sequence[bytes],
+        read: Callable[[int, bytes], T],
+        read_refusal: Callable[[int, bytes], T | None] = lambda status, answer: None,
+    ) -> list[T]:
         """Post each body and give ``read(i, answer)`` of each, in order.
 
-        ``read`` raises :class:`BadAnswer` for what it cannot use. Raises OracleError, with the url, when the deadline
-        passes, when one body got MAX_BAD_ANSWERS bad answers, or when the server refuses.
+        ``read`` raises :class:`BadAnswer` for what it cannot use. Where the server refuses a request with a status
+        that would end the run, ``read_refusal(status, answer)`` may give something in place of an answer. Raises
+        OracleError, with the url, when the deadline passes, when one body got MAX_BAD_ANSWERS bad answers, or when
+        the server refuses and that gives None.
         """
-        return self._runner.run(self._ask_all(bodies, read))
+        return self._runner.run(self._ask_all(bodies, read, read_refusal))
 
     def close(self) -> None:
         if self._client is not None:
             self._runner.run(self._client.aclose())
         self._runner.close()
 
-    async def _ask_all(self, bodies: Sequence[bytes], read: Callable[[int, bytes], T]) -> list[T]:
+    async def _ask_all(
+        self,
+        bodies: Sequence[bytes],
+        read: Callable[[int, bytes], T],
+        read_refusal: Callable[[int, bytes], T | None],
+    ) -> list[T]:
         if self._client is None:
             limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
             self._client = httpx.AsyncClient(limits=limits, headers=self._headers, timeout=None)
@@ -95,14 +117,21 @@ class Caller:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._ask(gate, deadline, body, partial(read, i)))
+                    group.create_task(self._ask(gate, deadline, body, partial(read, i), read_refusal))
                     for i, body in enumerate(bodies)
                 ]
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _ask(self, gate: asyncio.Semaphore, deadline: float, body: bytes, read: Callable[[bytes], T]) -> T:
+    async def _ask(
+        self,
+        gate: asyncio.Semaphore,
+        deadline: float,
+        body: bytes,
+        read: Callable[[bytes], T],
+        read_refusal: Callable[[int, bytes], T | None],
+    ) -> T:
         num_attempts = num_bad = 0
         while True:
             async with gate:
@@ -110,6 +139,11 @@ class Caller:
                 num_attempts += 1
                 try:
                     return read(await self._post(body, deadline))
+                except _Refused as refused:
+                    instead = read_refusal(refused.status, refused.answer)
+                    if instead is None:
+                        raise refused.error from None
+                    return instead
                 except BadAnswer as error:
                     failed = _Failed(self._without_secrets(str(error)), is_bad_answer=True)
                 except _Failed as error:
@@ -164,11 +198,11 @@ class Caller:
         if code == 200:
             return
         if code in REFUSED:  # what it says of the key may hold the key
-            raise self._error(f"refuses us with {code}")
+            raise _Refused(code, answer, self._error(f"refuses us with {code}"))
         words = self._without_secrets(" ".join(answer[: 4 * MAX_SHOWN].decode("utf-8", "replace").split()))
         why = f"answers {code} {words[:MAX_SHOWN]}".rstrip()
         if code not in AGAIN:
-            raise self._error(why)
+            raise _Refused(code, answer, self._error(why))
         raise _Failed(why, _retry_after(response.headers.get("retry-after")))
 
     def _error(self, why: str) -> OracleError:
