@@ -7,7 +7,6 @@ or last; asked in both orders its bias cancels, at twice the price.
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
 import logging
 import os
@@ -20,14 +19,14 @@ import numpy as np
 from oatlite.config.schema import JudgeConfig
 from oatlite.errors import ConfigError, OracleError
 from oatlite.oracles.base import PreferenceOracle, Verdicts
-from oatlite.oracles.calls import Caller
+from oatlite.oracles.calls import Caller, is_on_this_machine
 from oatlite.oracles.judge_prompts import fill, load_template
 from oatlite.oracles.judge_verdicts import Reading, TooLong, Unsupported, read_answer, read_refusal
 
 log = logging.getLogger(__name__)
 
-TOP_LOGPROBS = 20
-"""As many as OpenAI gives, and vLLM unless told otherwise."""
+TOP_LOGPROBS, FEW_LOGPROBS = 20, 5
+"""Alternatives asked for: as many as OpenAI gives, and vLLM unless told otherwise; then as some endpoints allow."""
 ENOUGH_PAIRS = 4
 """If of so many no verdict can be read, something is wrong with the judge and not with a pair."""
 
@@ -139,14 +138,18 @@ class JudgeOracle(PreferenceOracle):
 
     def _do_without(self, refusal: Unsupported) -> None:
         """Change the parameters for an endpoint that does not take one of them."""
+        words = self._caller.without_secrets(refusal.words)[:200]
         if refusal.parameter not in self._parameters:
-            raise OracleError(f"{self._caller.what} at {self._caller.url} refuses: {refusal.words[:200]}")
+            raise OracleError(f"{self._caller.what} at {self._caller.url} answers {words}")
+        if refusal.parameter == "logprobs" and self._parameters["top_logprobs"] > FEW_LOGPROBS:
+            self._parameters["top_logprobs"] = FEW_LOGPROBS
+            return
         value = self._parameters.pop(refusal.parameter)
-        if refusal.parameter == "max_tokens":
-            self._parameters["max_completion_tokens"] = value
         if refusal.parameter == "logprobs":
             del self._parameters["top_logprobs"]
-        log.warning("the judge is asked without %s from now on: %s", refusal.parameter, refusal.words[:200])
+        if refusal.parameter == "max_tokens":
+            self._parameters["max_completion_tokens"] = value
+        log.warning("the judge is asked without %s from now on: %s", refusal.parameter, words)
 
     def _report(self, pairs: Sequence[Sequence[Reading | TooLong]]) -> None:
         """Count the pairs without a verdict, and say once what concerns all of them."""
@@ -154,7 +157,7 @@ class JudgeOracle(PreferenceOracle):
         readings = [[answer for answer in pair if isinstance(answer, Reading)] for pair in pairs]
         whole = [found for found, pair in zip(readings, pairs, strict=True) if len(found) == len(pair)]
         unreadable = [
-            next(answer.wrote for answer in pair if answer.first_win is None)
+            next(self._caller.without_secrets(answer.wrote) for answer in pair if answer.first_win is None)
             for pair in whole
             if any(answer.first_win is None for answer in pair)
         ]
@@ -205,7 +208,7 @@ def _endpoint(url: str) -> httpx.URL:
 def _key(variable: str, endpoint: httpx.URL) -> str:
     """The key that ``variable`` holds; none is needed on this machine. Raises ConfigError without showing it."""
     key = os.environ.get(variable, "").strip()
-    if not key and not _is_loopback(endpoint.host):
+    if not key and not is_on_this_machine(str(endpoint)):
         raise ConfigError(
             f"the judge at {endpoint.host} wants a key, and the environment variable {variable} is not set",
             f"export {variable}, or name another variable with --set judge.key_env=NAME",
@@ -214,13 +217,6 @@ def _key(variable: str, endpoint: httpx.URL) -> str:
         raise ConfigError(
             f"the key in the environment variable {variable} has characters that no key has", "set it anew"
         )
-    if key and endpoint.scheme == "http" and not _is_loopback(endpoint.host):
+    if key and endpoint.scheme == "http" and not is_on_this_machine(str(endpoint)):
         log.warning("the key in %s goes to %s unencrypted", variable, endpoint.host)
     return key
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -20,9 +20,12 @@ MIN_MASS = 0.01
 """Where A and B together are less likely, the judge was about to say something else."""
 LEAST = -9999.0
 """What endpoints write for a log-probability of no probability at all."""
-TOO_LONG = ("maximum context length is", "longer than the maximum model length")
-"""vLLM's words, of its renderer and of its engine; OpenAI says the first and gives the code below."""
+TOO_LONG = re.compile(
+    r"This model's maximum context length is \d+ tokens|The \w+ prompt \(length \d+\) .*maximum model length of \d+"
+)
+"""How OpenAI begins and vLLM's server does, then how vLLM's engine does. Not sought further on: errors quote input."""
 TOO_LONG_CODE = "context_length_exceeded"
+NO_LOGPROBS = "You are not allowed to request logprobs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +70,8 @@ def read_answer(answer: bytes, max_tokens: int) -> Reading:
     return Reading(first_win=1.0 if verdict == FIRST else 0.0, wrote=text, has_logprobs=False)
 
 
-def read_refusal(status: int, answer: bytes) -> TooLong | Unsupported | None:
-    """What a refusal means that need not end the run; None for any other.
+def read_refusal(status: int, answer: str) -> TooLong | Unsupported | None:
+    """What a refusal means that need not end the run; None for any other. ``answer`` may be cut short.
 
     OpenAI's newer models want ``max_completion_tokens`` for ``max_tokens``, take no temperature but their own (400)
     and give no log-probabilities (400, or 403 without a parameter's name); vLLM's server may limit their number (400).
@@ -79,14 +82,14 @@ def read_refusal(status: int, answer: bytes) -> TooLong | Unsupported | None:
     if not isinstance(error, dict) or status not in (400, 403):
         return None
     words, parameter = str(error.get("message")), error.get("param")
-    if "logprobs" in words.lower():
+    if parameter in ("logprobs", "top_logprobs") or words.startswith(NO_LOGPROBS):
         return Unsupported(parameter="logprobs", words=words)
-    if status != 400:
-        return None
-    if error.get("code") == TOO_LONG_CODE or any(sign in words for sign in TOO_LONG):
+    if status == 400 and (error.get("code") == TOO_LONG_CODE or TOO_LONG.match(words)):
         return TooLong()
-    if parameter == "temperature" or (parameter == "max_tokens" and "max_completion_tokens" in words):
-        return Unsupported(parameter=parameter, words=words)
+    if status == 400 and parameter == "temperature":
+        return Unsupported(parameter="temperature", words=words)
+    if status == 400 and parameter == "max_tokens" and "max_completion_tokens" in words:
+        return Unsupported(parameter="max_tokens", words=words)
     return None
 
 
@@ -114,7 +117,7 @@ def _first_share(token: dict[str, Any]) -> float | None:
     return first / (first + second) if first + second >= MIN_MASS else None
 
 
-def _json(answer: bytes) -> Any:
+def _json(answer: bytes | str) -> Any:
     try:
         return json.loads(answer)
     except (ValueError, RecursionError):
