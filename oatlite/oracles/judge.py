@@ -124,7 +124,7 @@ class JudgeOracle(PreferenceOracle):
             for question, answer in zip(batch, found, strict=True):
                 if not isinstance(answer, Unsupported):
                     answers[question] = answer
-                    self._is_understood |= isinstance(answer, Reading)
+                    self._is_understood = True
             left = [question for question in left if question not in answers]
         return answers
 

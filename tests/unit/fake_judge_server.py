@@ -17,7 +17,7 @@ Reply = tuple[int, dict[str, str], bytes]
 
 @dataclass
 class FakeJudgeServer:
-    """``answer`` makes a reply of a request's body; ``asked`` keeps the bodies, ``headers`` and ``times`` go with it."""
+    """``answer`` makes a reply of a request's body; ``asked``, ``headers`` and ``times`` are kept of each request."""
 
     answer: Callable[[dict[str, Any]], Reply]
     url: str = ""
