@@ -91,10 +91,10 @@ class JudgeOracle(PreferenceOracle):
         first_win = np.full(len(asked), 0.5, np.float32)
         is_valid = np.ones(len(asked), np.bool_)
         for b, questions in enumerate(asked):
-            shares = [_share(answers[question], is_swapped=is_swapped) for question, is_swapped in questions]
-            is_valid[b] = None not in shares
-            if shares and is_valid[b]:
-                first_win[b] = 0.5 + sum(share for share in shares if share is not None) / len(shares)
+            leanings = [_leaning(answers[question], is_swapped=is_swapped) for question, is_swapped in questions]
+            is_valid[b] = None not in leanings
+            if leanings and is_valid[b]:
+                first_win[b] = 0.5 + sum(leaning for leaning in leanings if leaning is not None) / len(leanings)
         self._report([[answers[question] for question, _ in questions] for questions in asked if questions])
         return Verdicts(first_win=first_win, is_valid=is_valid)
 
@@ -168,7 +168,7 @@ class JudgeOracle(PreferenceOracle):
         if unreadable:
             log.warning("%d of %d verdicts cannot be read, and carry no weight", len(unreadable), len(pairs))
         name = self._options.model
-        if len(unreadable) == len(pairs) >= ENOUGH_PAIRS:
+        if len(unreadable) == len(whole) >= ENOUGH_PAIRS:
             self._say_once(
                 f"no verdict of the judge {name} can be read: asked for A or B, it writes {unreadable[0][:80]!r}",
                 "if it reasons first, give it room with --set judge.max_tokens=2000",
@@ -185,7 +185,7 @@ class JudgeOracle(PreferenceOracle):
             log.warning("%s; %s", what, more)
 
 
-def _share(answer: Reading | TooLong, *, is_swapped: bool) -> float | None:
+def _leaning(answer: Reading | TooLong, *, is_swapped: bool) -> float | None:
     """How much more than a half the answer gives the first response; None where it gives no verdict."""
     if isinstance(answer, TooLong) or answer.first_win is None:
         return None

@@ -102,7 +102,7 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     lifeline.stage("idle")
     is_complete = Learner(
         config=config,
-        num_steps=spec.num_steps,
+        num_steps=spec.most_steps,
         experience=experience,
         judge=judge,
         actors=pool,

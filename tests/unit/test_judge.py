@@ -192,6 +192,18 @@ def test_a_verdict_that_cannot_be_read_is_not_valid(wrote: str | None, caplog: p
     assert len(warnings_of(caplog, "5 of 5 verdicts cannot be read")) == 2
 
 
+def test_pairs_that_are_too_long_say_nothing_of_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    def answer(body: dict[str, Any]) -> Any:
+        return error(400, **VLLM_TOO_LONG) if "LENGTHY" in body["messages"][0]["content"] else completion("Hm")
+
+    with serving(answer) as fake:
+        judge = judge_at(fake)
+        judge.compare(["LENGTHY", *"pqrs"], ["a"] * 5, ["b"] * 5)
+    assert (judge.num_too_long, judge.num_unreadable) == (1, 4)
+    (warning,) = warnings_of(caplog, "no verdict of the judge tiny")
+    assert "'Hm'" in warning
+
+
 def test_where_one_order_cannot_be_read_the_pair_is_not_valid() -> None:
     with serving(lambda body: completion("A" if shown_first(body) == "red" else "?")) as fake:
         judge = judge_at(fake)
