@@ -26,6 +26,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 MAX_BAD_ANSWERS = 3
 AGAIN = (408, 409, 425, 429, *range(500, 600))
 REFUSED = (401, 403)
+SPENT = "insufficient_quota"
+"""In a 429 of OpenAI's: the account has no money left, which no pause mends."""
 MAX_SHOWN = 200
 MASK = "***"
 
@@ -215,7 +217,7 @@ class Caller:
         if code in REFUSED:  # what it says of the key may hold the key
             return _Refused(code, beginning, self._error(f"refuses us with {code}"))
         why = f"answers {code} {self.without_secrets(beginning)[:MAX_SHOWN]}".rstrip()
-        if code not in AGAIN:
+        if code not in AGAIN or SPENT in beginning:
             return _Refused(code, beginning, self._error(why))
         return _Failed(why, _retry_after(response.headers.get("retry-after")))
 
