@@ -40,11 +40,18 @@ def _reward_model() -> Command:
     return reward_model
 
 
+def _bandit() -> Command:
+    from .bandit import bandit
+
+    return bandit
+
+
 COMMANDS: dict[str, tuple[Callable[[], Command], str]] = {
     "train": (_train, "Align a policy online: sample, compare, learn, sync."),
     "resume": (_resume, "Go on with a stopped run from its last checkpoint."),
     "sft": (_sft, "Train a policy on prompts and reference answers, on conversations or on plain text."),
     "reward-model": (_reward_model, "Train a reward model on preferences (Bradley-Terry)."),
+    "bandit": (_bandit, "Numerical experiments without a language model, in seconds."),
 }
 """Each command's function, imported when it is asked for, and the line that stands for it in ``oatlite --help``."""
 

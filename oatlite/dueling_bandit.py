@@ -25,6 +25,7 @@ from oatlite.maths.exploration import (
     uncertainty_duels,
 )
 
+STEPS_A_ROUND = 10
 Rule = Callable[[np.ndarray, np.random.Generator], Duels]
 
 RULES: dict[str, Rule] = {
@@ -39,14 +40,14 @@ RULES: dict[str, Rule] = {
 class Problem:
     """``sharpness`` scales true rewards, which have a deviation of 1 otherwise: comparisons get more certain."""
 
-    num_rounds: int = 100
+    num_rounds: int = 60
     num_prompts: int = 8
     num_candidates: int = 10
-    num_features: int = 16
+    num_features: int = 6
     num_members: int = 10
-    hidden_size: int = 64
+    hidden_size: int = 32
     sharpness: float = 2.0
-    num_eval_prompts: int = 500
+    num_eval_prompts: int = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,13 @@ def run(rule: str, problem: Problem, seed: int) -> Regret:
         EpistemicHead(
             problem.num_features, num_members=problem.num_members, hidden_size=problem.hidden_size, seed=seed
         ),
+        num_steps=STEPS_A_ROUND,
         seed=seed,
     )
-    queries, cumulative, simple, regret, asked = [], [], [], 0.0, 0
+    queries: list[float] = []
+    cumulative: list[float] = []
+    simple: list[float] = []
+    regret, asked = 0.0, 0
     for _ in range(problem.num_rounds):
         features = _candidates(problem, problem.num_prompts, world)
         rewards = truth(features)  # (M, N)
@@ -81,16 +86,15 @@ def run(rule: str, problem: Problem, seed: int) -> Regret:
         rows = np.arange(problem.num_prompts)
         first, second = rewards[rows, duels.first], rewards[rows, duels.second]
         first_wins = torch.from_numpy(rng.random(problem.num_prompts)) < torch.sigmoid(first - second)
-        sides = features[rows, duels.first], features[rows, duels.second]
-        wins = first_wins[:, None]
-        trainer.add(torch.where(wins, *sides), torch.where(wins, *reversed(sides)))
+        one, other, wins = features[rows, duels.first], features[rows, duels.second], first_wins[:, None]
+        trainer.add(torch.where(wins, one, other), torch.where(wins, other, one))
         asked += problem.num_prompts
         regret += float((rewards.max(1).values - (first + second) / 2).sum())
         trainer.learn(asked)
         queries.append(asked)
         cumulative.append(regret)
         simple.append(_simple_regret(trainer.head, held_out, truth))
-    return Regret(np.array(queries), np.array(cumulative), np.array(simple))
+    return Regret(np.array(queries, np.float64), np.array(cumulative), np.array(simple))
 
 
 def _true_reward(problem: Problem, seed: int) -> Callable[[Tensor], Tensor]:

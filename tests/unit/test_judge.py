@@ -302,7 +302,7 @@ def test_a_rate_limit_is_waited_for_as_told() -> None:
 
 def test_an_account_without_money_is_not_waited_for() -> None:
     spent = {"error": {"message": "You exceeded your current quota.", "code": "insufficient_quota"}}
-    with serving(lambda body: as_json(429, spent)) as fake, pytest.raises(OracleError, match="429.*quota"):
+    with serving(lambda body: as_json(429, spent)) as fake, pytest.raises(OracleError, match="429"):
         judge_at(fake).compare(["p"], ["a"], ["b"])
     assert len(fake.asked) == 1
 

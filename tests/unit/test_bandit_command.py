@@ -1,0 +1,131 @@
+"""``oatlite bandit``, its curves and pictures, and what the dueling bandit shows."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oatlite_cli.main import main
+
+from oatlite.dueling_bandit import RULES, Problem, run
+from oatlite.epistemic import HeadTrainer
+from oatlite.maths.ensemble import EpistemicHead
+from oatlite.plots import Curve, t_quantile
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_tabular_experiment_prints_orders_and_leaves_curves(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bandit", "tabular", "--seeds", "20", "--updates", "30", "--samples", "256"]) == 0
+    printed = capsys.readouterr().out
+    orders = {name: float(order) for name, order in re.findall(r"^\s*(\S+(?:form|mixture))\s+([\d.]+)", printed, re.M)}
+    assert orders["uniform"] == pytest.approx(1, abs=0.05)
+    assert orders["reward-mixture"] == pytest.approx(2, abs=0.15)
+    assert orders["policy-mixture"] == pytest.approx(2, abs=0.15)
+    folder = tmp_path / "bandit-tabular"
+    assert sorted(path.name for path in folder.iterdir()) == ["tabular.csv", "tabular.pdf", "tabular.png"]
+    assert (folder / "tabular.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "tabular.pdf").read_bytes().startswith(b"%PDF")
+    rows = table(folder / "tabular.csv")
+    assert {row["curve"] for row in rows} == {
+        f"{kind}: {name}" for kind in ("exact gradients", "gradients of 256 pairs") for name in orders
+    }
+    exact = [float(row["middle"]) for row in rows if row["curve"] == "exact gradients: uniform"]
+    assert len(exact) == 30 and exact == sorted(exact, reverse=True)
+
+
+def test_the_dueling_experiment_runs_every_rule(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "out"
+    arguments = ["--seeds", "2", "--rounds", "3", "--candidates", "4", "--output", str(folder)]
+    assert main(["bandit", "dueling", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert all(f" {rule} " in printed for rule in RULES) and "24 comparisons" in printed
+    rows = table(folder / "dueling.csv")
+    assert {float(row["comparisons asked"]) for row in rows} == {8, 16, 24}
+    assert len(rows) == 2 * len(RULES) * 3
+
+
+def test_exploring_and_exploiting_regrets_less_than_choosing_blindly() -> None:
+    problem = Problem(num_rounds=30)
+    regrets = {rule: [run(rule, problem, seed) for seed in range(2)] for rule in ("sea-ee", "passive")}
+    for thompson, passive in zip(regrets["sea-ee"], regrets["passive"], strict=True):
+        assert thompson.cumulative[-1] < 0.75 * passive.cumulative[-1]
+        assert (np.diff(thompson.cumulative) >= 0).all()
+        assert thompson.simple[-1] < 0.7 * thompson.simple[0]
+    again = run("sea-ee", problem, 0)
+    assert (again.cumulative == regrets["sea-ee"][0].cumulative).all(), "a function of the seed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tabular", "--beta", "0"], "give one above 0"),
+        (["triangular"], "'tabular', 'dueling'"),
+        (["tabular", "--actions", "1"], "greater than or equal to 2"),
+        (["tabular", "--output", "file/below"], "cannot make file/below"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], words: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main(["bandit", *arguments]) in (2, 5)
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_the_quantiles_of_student_are_those_of_the_tables() -> None:
+    known = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 19: 2.093, 120: 1.980}
+    for freedom, expected in known.items():
+        assert t_quantile(freedom) == pytest.approx(expected, rel=3e-3)
+
+
+def test_bands_are_of_the_mean_and_of_the_middle_half() -> None:
+    runs = np.array([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]])
+    mean = Curve.of_runs(np.arange(2.0), runs)
+    assert mean.middle.tolist() == [3, 5] and mean.low[1] == mean.high[1] == 5
+    assert mean.high[0] - 3 == pytest.approx(4.303 * 2 / 3**0.5, rel=1e-3)
+    assert Curve.of_runs(np.arange(2.0), runs[:1]).low.tolist() == [1, 5], "one run has no band"
+    middle = Curve.of_quantiles(np.arange(2.0), runs)
+    assert (middle.low[0], middle.middle[0], middle.high[0]) == (2, 3, 4)
+
+
+def trainer(**options) -> HeadTrainer:
+    return HeadTrainer(EpistemicHead(4, num_members=3, hidden_size=8), **options)
+
+
+def test_the_buffer_is_bounded_and_the_pull_falls_with_queries() -> None:
+    head = trainer(buffer_size=100, batch_size=32)
+    assert head.learn(0) == {}, "nothing to learn from"
+    chosen, rejected = torch.randn(2, 70, 4, generator=torch.Generator().manual_seed(0))
+    head.add(chosen, rejected)
+    head.add(chosen + 1, rejected + 1)
+    assert len(head) == 100
+    assert head.learn(140)["pull"] == pytest.approx(0.5 * 32 / 140)
+    assert trainer_with(chosen, rejected, is_pull_fixed=True).learn(140)["pull"] == 0.5
+    held = head.state()["comparisons"]
+    assert torch.equal(held[-70:, 0], chosen + 1) and torch.equal(held[:30, 0], chosen[-30:])
+
+
+def trainer_with(chosen: torch.Tensor, rejected: torch.Tensor, **options) -> HeadTrainer:
+    head = trainer(**options)
+    head.add(chosen, rejected)
+    return head
+
+
+def test_a_restored_trainer_goes_on_as_the_one_that_never_stopped() -> None:
+    chosen, rejected = torch.randn(2, 200, 4, generator=torch.Generator().manual_seed(0))
+    whole = trainer_with(chosen, rejected)
+    whole.learn(200)
+    stopped = trainer()
+    stopped.restore(copy.deepcopy(whole.state()))
+    assert stopped.learn(200) == whole.learn(200)
+    assert torch.equal(stopped.head(chosen), whole.head(chosen))
