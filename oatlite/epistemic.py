@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -73,18 +73,25 @@ class HeadTrainer:
                 right.append((self.head(chosen).mean(0) > self.head(rejected).mean(0)).float().mean())
         return {"loss": float(torch.stack(losses).mean()), "accuracy": float(torch.stack(right).mean()), "pull": pull}
 
-    def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
-        return {
-            "head": self.head.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "generator": self._generator.get_state(),
-            "comparisons": self._comparisons,
-        }
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, by name, in CPU memory."""
+        state = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
+        for i, moments in self._optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+        state |= {"generator": self._generator.get_state(), "comparisons": self._comparisons}
+        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> None:
         """Become what :meth:`state` was of."""
-        self.head.load_state_dict(state["head"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self.head.load_state_dict(
+            {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
+        )
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            if name.startswith("optimizer."):
+                _, index, kind = name.split(".")
+                moments.setdefault(int(index), {})[kind] = tensor
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self._generator.set_state(state["generator"])
         self._comparisons = state["comparisons"]

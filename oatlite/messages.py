@@ -224,6 +224,32 @@ class CompareRequest(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeRequest(Message):
+    """Ask the encoder at the actor for the features of each prompt with its response (B pairs)."""
+
+    batch_id: str = text()
+    prompts: list[str] = texts()
+    responses: list[str] = texts()
+
+    def validate(self) -> None:
+        _require(len(self.prompts) == len(self.responses), "prompts and responses do not agree")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureBatch(Message):
+    """The answer to an EncodeRequest: features (B * D,), row by row; NaN for a response that is too long."""
+
+    batch_id: str = text()
+    features: Float32 = array("float32")
+    num_features: int = integer(1, 1 << 24)
+    encode_s: float = real(0.0)
+
+    def validate(self) -> None:
+        _require(self.features.size % self.num_features == 0, "features are no whole rows")
+        _require(not bool(np.isinf(self.features).any()), "a feature that is infinite")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceBatch(Message):
     """The answer to a CompareRequest: P(first wins) (B,) and, from a reward oracle, both rewards (else empty).
 
@@ -370,6 +396,8 @@ MESSAGES: dict[str, type[Message]] = {
         GenerateRequest,
         CandidateBatch,
         CompareRequest,
+        EncodeRequest,
+        FeatureBatch,
         PreferenceBatch,
         WeightManifest,
         ShmHandle,

@@ -22,7 +22,7 @@ from torch import nn
 from oatlite.algorithms.base import Algorithm, Candidate
 from oatlite.config.schema import Config
 from oatlite.data import PromptSet
-from oatlite.messages import Int32, UInt64
+from oatlite.messages import Float32, Int32, UInt64
 from oatlite.metrics.records import Kind, Record, make_record
 from oatlite.models import ForwardBatch
 from oatlite.oracles.base import PreferenceOracle, RewardOracle, Verdicts, checked
@@ -31,6 +31,7 @@ from oatlite.trainer import StepResult
 from oatlite.workers.contracts import Share
 from oatlite.workers.evaluation import Judge
 from oatlite.workers.experience import Experience
+from oatlite.workers.explorer import Explorer
 from oatlite.workers.learner import Learner
 from oatlite.workers.offline import HeldOutPairs, RecordedExperience
 from oatlite.workers.rollout import ParameterSource, Purpose, SamplingOptions
@@ -127,6 +128,12 @@ class InMemoryActors:
         self.calls.append(f"compare {len(prompts)}")
         oracle = self._oracle if purpose == "train" else self._eval_oracle
         return checked(oracle.compare(prompts, first, second, references), len(prompts)), 0.0
+
+    def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Float32, float]:
+        """How often each letter stands in a response, and how long it is: (B, 28)."""
+        self.calls.append(f"encode {len(prompts)}")
+        rows = [[*(text.count(letter) for letter in LETTERS), len(text)] for text in responses]
+        return np.array(rows, np.float32).reshape(len(rows), len(LETTERS) + 1) / np.float32(4), 0.0
 
     def sync(self, version: int, source: ParameterSource) -> list[str]:
         self.calls.append(f"sync {version}")
@@ -264,11 +271,12 @@ def rehearse(
     actors = InMemoryActors(oracle or FunctionOracle(score), policy, eval_oracle)
     share, silent, journal = Share(rank=0, count=1), _Silent(), InMemoryJournal()
     prompts = letter_prompts(4 * prompts_per_step, training_reference)
+    explorer = Explorer(config, share, actors, trainer, CPU) if config.explore.rule != "none" else None
     Learner(
         config=config,
         num_steps=steps,
-        experience=Experience(config, share, prompts, algorithm, actors, silent, score),
-        judge=Judge(config, share, letter_prompts(26, reference), actors, score),
+        experience=Experience(config, share, prompts, algorithm, actors, silent, score, explorer),
+        judge=Judge(config, share, letter_prompts(26, reference), actors, score, explorer),
         actors=actors,
         updater=updater,
         ranks=trainer,

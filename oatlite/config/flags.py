@@ -36,6 +36,8 @@ FLAGS: dict[str, str] = {
     "learner.micro_batch_size": "--micro-batch-size",
     "lora.rank": "--lora-rank",
     "learner.reference_offload": "--reference-offload",
+    "explore.rule": "--explore",
+    "explore.num_candidates": "--num-candidates",
     "oracle.path": "--oracle",
     "oracle.weights": "--oracle-weights",
     "oracle.flip_prob": "--flip-prob",

@@ -184,6 +184,41 @@ class JudgeConfig(Section):
     timeout_s: PositiveFloat = Field(60, description="one request may take so long; then it is asked again")
 
 
+class ExploreConfig(Section):
+    """Which two of several candidates go to the oracle, by a reward head that knows what it does not know (SEA,
+    arXiv 2411.01493)."""
+
+    rule: Literal["none", "sea-bai", "sea-ee", "uncertainty", "passive"] = Field(
+        "none", description="which two of several candidates the oracle compares; none: the algorithm says"
+    )
+    num_candidates: Annotated[int, Field(ge=2)] = Field(10, description="responses per prompt to choose two from")
+    encoder: str | None = Field(
+        None, description="model whose features the head reads; default: the oracle's own, if it is one"
+    )
+    random_fallback: bool = Field(
+        True, description="a second choice equal to the first becomes a random other; else the prompt is left out"
+    )
+    allow_second_best: bool = Field(False, description="sea-ee: a member's second best may be the second choice")
+    max_tries: PositiveInt | None = Field(None, description="sea-ee: members asked for a second choice; default: all")
+    head_only: bool = Field(False, description="only the head learns, and the policy stays (EE4LLM, arXiv 2402.00396)")
+    self_label_ratio: Probability = Field(
+        0.0, description="share of prompts whose pair a member of the head labels itself, at no query"
+    )
+    burn_in: NonNegativeInt = Field(5, description="steps before the head labels pairs itself")
+    members: PositiveInt = Field(20, description="networks in the head")
+    hidden_size: PositiveInt = Field(128, description="width of each")
+    lr: PositiveFloat = Field(1e-3, description="the head's learning rate (Adam)")
+    weight_decay: NonNegativeFloat = 5e-5
+    gradient_steps: PositiveInt = Field(5, description="the head's gradient steps, each step")
+    batch_size: PositiveInt = Field(128, description="comparisons of one of them")
+    pull: NonNegativeFloat = Field(
+        0.5, description="weight of the pull toward the head's initialization; it falls with the queries made"
+    )
+    fixed_pull: bool = Field(False, description="the pull does not fall")
+    buffer_size: PositiveInt = Field(50_000, description="newest comparisons that the head learns from")
+    learn_until: PositiveInt | None = Field(None, description="queries after which the head stops learning")
+
+
 class EvalConfig(Section):
     every: PositiveInt = Field(20, description="steps between evaluations; both ends are always evaluated")
     every_queries: PositiveInt | None = Field(
@@ -261,6 +296,7 @@ class Config(Section):
     oracle: OracleConfig = OracleConfig()
     remote: RemoteConfig = RemoteConfig()
     judge: JudgeConfig = JudgeConfig()
+    explore: ExploreConfig = ExploreConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     placement: PlacementConfig = PlacementConfig()

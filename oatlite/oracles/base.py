@@ -164,7 +164,7 @@ def flipped(count: int, flip_prob: float, rng: np.random.Generator) -> Flags:
 
 
 def reward_margins(verdicts: Verdicts) -> Floats:
-    """The first response's reward minus the second's, (B,) float32; 0 where a verdict is not valid.
+    """The first response's reward minus the second's, (B,) float32; 0 where a verdict is not valid or has no rewards.
 
     Of an oracle that only compares, the log-odds of its win probability, which is taken to lie within 1e-6 of 0 and 1.
     """
@@ -173,7 +173,7 @@ def reward_margins(verdicts: Verdicts) -> Floats:
     else:
         win = np.clip(verdicts.first_win.astype(np.float64), 1e-6, 1 - 1e-6)
         margins = np.log(win) - np.log1p(-win)
-    return np.where(verdicts.is_valid, margins, 0.0).astype(np.float32)
+    return np.where(verdicts.is_valid & np.isfinite(margins), margins, 0.0).astype(np.float32)
 
 
 def trainable_pairs(

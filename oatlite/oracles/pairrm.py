@@ -106,11 +106,30 @@ class PairRMOracle(PreferenceOracle):
             first_win=np.where(is_valid, bradley_terry(halves[0], halves[1]), np.float32(0.5)), is_valid=is_valid
         )
 
-    def encode(self, prompt: str, first: str, second: str) -> tuple[list[int], list[int]]:
-        """The token ids of one order of a pair, and where in them the three prefix tokens stand."""
+    @torch.inference_mode()
+    def features(self, prompts: Sequence[str], responses: Sequence[str]) -> Floats:
+        """The hidden states at the prefixes of the prompt and of one response, beside each other, (B, 2 H) float32;
+        NaN for what is too long."""
+        encoded = [self.encode(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
+        found = np.full((len(encoded), 2 * self.model.config.hidden_size), np.nan, np.float32)
+        lengths = [len(ids) for ids, _ in encoded]
+        fitting = [i for i in longest_first(lengths) if lengths[i] <= self.max_tokens]
+        for batch in batches(fitting, lengths, self.batch_tokens):
+            input_ids, mask = pad([encoded[i][0] for i in batch])
+            hidden = self.model.pretrained_model(
+                input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)
+            ).last_hidden_state
+            prefixes = torch.tensor([encoded[i][1] for i in batch])
+            states = hidden[torch.arange(len(batch))[:, None], prefixes].flatten(1)
+            found[batch] = states.float().cpu().numpy()
+        return found
+
+    def encode(self, prompt: str, first: str, second: str | None = None) -> tuple[list[int], list[int]]:
+        """The token ids of one order of a pair, or of one response alone, and where in them the prefix tokens stand."""
         ids: list[int] = []
         prefixes: list[int] = []
-        for token, prefix, text in zip(self._prefix_ids, self._prefixes, (prompt, first, second), strict=True):
+        texts = (prompt, first) if second is None else (prompt, first, second)
+        for token, prefix, text in zip(self._prefix_ids, self._prefixes, texts, strict=False):
             part = self._ids(prefix + text)
             prefixes.append(len(ids) + part.index(token))
             ids += part

@@ -9,7 +9,7 @@ With a chat template, the template alone says how the text looks and where it en
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,10 +59,15 @@ def pooled_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tens
     head = getattr(model, "score", None)
     if head is None:
         return model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0]
-    backbone = model.base_model
-    hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return head(pooled_states(model.base_model, input_ids, attention_mask, is_decoder=True))[:, 0]
+
+
+def pooled_states(backbone: Any, input_ids: Tensor, attention_mask: Tensor, *, is_decoder: bool) -> Tensor:
+    """Last hidden states (B, D) of right-padded sequences (B, T): at the last token, of an encoder at the first."""
+    more = {"use_cache": False} if is_decoder else {}
+    hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
     rows = torch.arange(len(input_ids), device=hidden.device)
-    return head(hidden[rows, attention_mask.sum(dim=1) - 1])[:, 0]
+    return hidden[rows, attention_mask.sum(dim=1) - 1 if is_decoder else torch.zeros_like(rows)]
 
 
 class PrefixScores(nn.Module):
@@ -79,6 +84,10 @@ class PrefixScores(nn.Module):
     def forward(self, pairs: Sequence[TokenPair], layout: LayoutName) -> Tensor:
         """Rewards (2 * B,): of the first sequence of each of B pairs and of its second, which may have no token of
         its own and then means nothing."""
+        return self.model.score(self.states(pairs, layout))[:, 0]
+
+    def states(self, pairs: Sequence[TokenPair], layout: LayoutName) -> Tensor:
+        """The hidden states (2 * B, D) that those rewards are read from."""
         device = self.model.score.weight.device
         batch = lay_out(pairs, layout, 0, device)
         mask = batch.attention_mask.to(self.model.dtype) if layout != "plain" else batch.attention_mask
@@ -90,7 +99,7 @@ class PrefixScores(nn.Module):
             start, first, second = len(pair.prompt), len(pair.chosen), len(pair.rejected)
             rows += [r, r] if layout != "plain" else [2 * r, 2 * r + 1]
             ends += [start + first - 1, start + second - 1 + (first if layout != "plain" else 0)]
-        return self.model.score(hidden[rows, ends])[:, 0]
+        return hidden[rows, ends]
 
     @torch.inference_mode()
     def layout(self, longest: int) -> LayoutName:
@@ -166,22 +175,37 @@ class RewardModelOracle(RewardOracle):
     ) -> Floats:
         """See :meth:`RewardOracle.score`. Raises OracleError when the model gives something that is not a number."""
         del references  # a reward model reads the response alone
+        return self._of_each(prompts, responses, 1, self._rewards)[:, 0]
+
+    def features(self, prompts: Sequence[str], responses: Sequence[str]) -> Floats:
+        """The hidden states (B, D) float32 that rewards are read from; NaN for a response that is too long."""
+        return self._of_each(prompts, responses, self.model.config.get_text_config().hidden_size, self._states)
+
+    def _of_each(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        width: int,
+        forward: Callable[[Sequence[TokenPair]], Tensor],
+    ) -> Floats:
+        """What ``forward`` gives of pairs, (B, 2, width), sorted back to the responses, (B, width)."""
         sequences = self.encode(prompts, responses)
-        scores = np.full(len(sequences), np.nan, np.float32)
+        found = np.full((len(sequences), width), np.nan, np.float32)
         fitting = [i for i, sequence in enumerate(sequences) if 0 < len(sequence) <= self.max_tokens]
         groups = [[i] for i in fitting] if self._prefix_scores is None else _in_pairs(prompts, fitting)
         pairs = [_with_prefix([sequences[i] for i in group]) for group in groups]
         lengths = [pair.num_tokens for pair in pairs]
         for batch in batches(longest_first(lengths), lengths, self.batch_tokens):
-            found = self._forward([pairs[b] for b in batch])
-            for b, values in zip(batch, found, strict=True):
-                scores[groups[b]] = values[: len(groups[b])]
+            with torch.inference_mode():
+                values = forward([pairs[b] for b in batch]).float().cpu().numpy()
+            for b, of_pair in zip(batch, values, strict=True):
+                found[groups[b]] = of_pair[: len(groups[b])]
             members = [i for b in batch for i in groups[b]]
-            if not np.isfinite(scores[members]).all():
+            if not np.isfinite(found[members]).all():
                 raise OracleError(
                     f"the reward model {self.path} gave scores that are not finite", "try oracle.dtype = float32"
                 )
-        return scores
+        return found
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt with its response; see the top of this file. An empty response is EOS alone."""
@@ -202,16 +226,22 @@ class RewardModelOracle(RewardOracle):
         messages = [*messages_of(prompt), {"role": "assistant", "content": response}]
         return self._ids(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
-    @torch.inference_mode()
-    def _forward(self, pairs: Sequence[TokenPair]) -> Floats:
-        """Rewards (B, 2); where a pair has one sequence, the second column means nothing."""
+    def _rewards(self, pairs: Sequence[TokenPair]) -> Tensor:
+        """(B, 2, 1); where a pair has one sequence, the second column means nothing. So below."""
         if self._prefix_scores is not None:
-            scores = self._prefix_scores(pairs, self._layout).view(-1, 2)
-        else:
-            input_ids, mask = pad([[*pair.prompt.tolist(), *pair.chosen.tolist()] for pair in pairs])
-            one = pooled_scores(self.model, input_ids.to(self.device), mask.to(self.device))
-            scores = torch.stack([one, one], dim=1)
-        return scores.float().cpu().numpy()
+            return self._prefix_scores(pairs, self._layout).view(-1, 2, 1)
+        return pooled_scores(self.model, *self._padded(pairs))[:, None, None].expand(-1, 2, 1)
+
+    def _states(self, pairs: Sequence[TokenPair]) -> Tensor:
+        """(B, 2, D)"""
+        if self._prefix_scores is not None:
+            return self._prefix_scores.states(pairs, self._layout).view(len(pairs), 2, -1)
+        states = pooled_states(self.model.base_model, *self._padded(pairs), is_decoder=hasattr(self.model, "score"))
+        return states[:, None].expand(-1, 2, -1)
+
+    def _padded(self, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
+        input_ids, mask = pad([[*pair.prompt.tolist(), *pair.chosen.tolist()] for pair in pairs])
+        return input_ids.to(self.device), mask.to(self.device)
 
 
 def _in_pairs(prompts: Sequence[str], members: Sequence[int]) -> list[list[int]]:

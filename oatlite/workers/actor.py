@@ -19,6 +19,8 @@ from oatlite.messages import (
     CandidateBatch,
     CompareRequest,
     CudaIpcHandle,
+    EncodeRequest,
+    FeatureBatch,
     GenerateRequest,
     Hello,
     Message,
@@ -30,6 +32,7 @@ from oatlite.messages import (
     join,
 )
 from oatlite.oracles import PreferenceOracle, build_oracle, checked
+from oatlite.oracles.features import Encodes, build_encoder
 from oatlite.transport import Spoke, address
 from oatlite.weights import WeightReader
 from oatlite.workers.lifeline import Lifeline
@@ -48,13 +51,16 @@ def run_actor(spec: WorkerSpec, lifeline: Lifeline) -> None:
     lifeline.stage("starting", "oracle")
     with engine.hugging_face_models():
         oracles = build_oracles(spec.config, device=spec.device)
+        encoder = None
+        if spec.config.explore.rule != "none":
+            encoder = build_encoder(spec.config, oracles["train"], device=spec.device)
     lifeline.stage("starting", "warm-up")
     longest = max(1, min(16, spec.max_model_len - WARM_UP_TOKENS))
     log.info("warmed up in %.1f s", engine.warm_up(np.arange(1, 1 + longest, dtype=np.int32)))
     rank = spec.learner_of(spec.index)
     spoke = Spoke(address(spec.private_dir, rollout_socket(rank)), spec.role, spec.run_id)
     try:
-        Actor(spec, engine, oracles, spoke, lifeline).serve()
+        Actor(spec, engine, oracles, spoke, lifeline, encoder).serve()
     finally:
         spoke.close(flush_s=5.0)
 
@@ -96,10 +102,12 @@ class Actor:
         oracles: Mapping[str, PreferenceOracle],
         spoke: Spoke,
         lifeline: Lifeline,
+        encoder: Encodes | None = None,
     ) -> None:
         self._spec = spec
         self._engine = engine
         self._oracles = oracles
+        self._encoder = encoder
         self._spoke = spoke
         self._lifeline = lifeline
         self._policy_version = 0
@@ -134,6 +142,9 @@ class Actor:
             case CompareRequest():
                 with self._lifeline.doing("score", f"{len(message.prompts)} pairs"):
                     self._spoke.send(self._compare(message))
+            case EncodeRequest():
+                with self._lifeline.doing("score", f"{len(message.prompts)} candidates"):
+                    self._spoke.send(self._encode(message))
             case BucketReady():
                 with self._lifeline.doing("sync", f"version {message.version}"):
                     self._spoke.send(self._load(message, self._reader))
@@ -185,6 +196,19 @@ class Actor:
             second_scores=NO_SCORES if verdicts.second_scores is None else verdicts.second_scores,
             oracle_s=time.perf_counter() - start,
             num_failures=oracle.num_failures - failures_before,
+        )
+
+    def _encode(self, request: EncodeRequest) -> FeatureBatch:
+        if self._encoder is None:
+            raise WorkerDied("asked for features without an encoder")
+        start = time.perf_counter()
+        features = self._encoder.features(request.prompts, request.responses)
+        return FeatureBatch(
+            run_id=request.run_id,
+            batch_id=request.batch_id,
+            features=features.reshape(-1),
+            num_features=features.shape[1],
+            encode_s=time.perf_counter() - start,
         )
 
     def _load(self, offer: BucketReady, reader: WeightReader) -> BucketLoaded:

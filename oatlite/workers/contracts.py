@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from oatlite.algorithms.base import Candidate
-from oatlite.messages import Int32, UInt64
+from oatlite.algorithms.base import Candidate, CandidateSet
+from oatlite.messages import Float32, Int32, UInt64
 from oatlite.metrics.records import Kind, Mean
 from oatlite.oracles.base import Verdicts
 from oatlite.workers.buffer import TrainingPair
@@ -17,6 +17,7 @@ from oatlite.workers.update import UpdateStats
 
 if TYPE_CHECKING:
     from oatlite.workers.experience import Rollouts
+    from oatlite.workers.explorer import Choice
 
 
 class Actors(Protocol):
@@ -37,6 +38,7 @@ class Actors(Protocol):
         *,
         purpose: Purpose = "train",
     ) -> tuple[Verdicts, float]: ...
+    def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Float32, float]: ...
     def sync(self, version: int, source: ParameterSource) -> list[str]: ...
 
 
@@ -50,6 +52,14 @@ class Collects(Protocol):
     def collect(self, step: int, num_queries: int) -> Rollouts:
         """The pairs of ``step`` (from 1), ``num_queries`` oracle queries having been made before."""
         ...
+
+
+class Explores(Protocol):
+    """See :class:`oatlite.workers.explorer.Explorer`."""
+
+    def choose(self, sets: Sequence[CandidateSet], step: int) -> Choice: ...
+    def best(self, sets: Sequence[CandidateSet]) -> list[int]: ...
+    def learn(self, comparisons: Float32, num_asked: int, num_before: int) -> dict[str, float]: ...
 
 
 class Judges(Protocol):

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from oatlite.algorithms.base import Candidate
+from oatlite.algorithms.base import Candidate, CandidateSet
 from oatlite.config.schema import Config
 from oatlite.data import PromptSet
 from oatlite.metrics.records import Mean
 from oatlite.oracles.base import Verdicts, wins
 from oatlite.oracles.best_of import best_of
-from oatlite.workers.contracts import Actors, Share
+from oatlite.workers.contracts import Actors, Explores, Share
 from oatlite.workers.experience import EVAL_SEEDS, sample_seeds, sampling_options
 from oatlite.workers.gold import GoldScore
 
@@ -22,13 +22,20 @@ class Judge:
     """Asks the oracle how often the policy that the actors hold beats the references, on a rank's share of them."""
 
     def __init__(
-        self, config: Config, share: Share, held_out: PromptSet, actors: Actors, gold: GoldScore | None
+        self,
+        config: Config,
+        share: Share,
+        held_out: PromptSet,
+        actors: Actors,
+        gold: GoldScore | None,
+        explorer: Explores | None = None,
     ) -> None:
         self._config = config
         self._share = share
         self._held_out = held_out
         self._actors = actors
         self._gold = gold
+        self._explorer = explorer
 
     @property
     def num_prompts(self) -> int:
@@ -66,7 +73,8 @@ class Judge:
         return means, rows
 
     def _answer(self, mine: Sequence[int], prompts: Sequence[str], references: Sequence[str]) -> list[Candidate]:
-        """The greedy response to each prompt, or the sample that the oracle of training likes best."""
+        """The greedy response to each prompt, or the sample that the epistemic head likes best, and without a head the
+        oracle of training."""
         config = self._config.eval
         sampling = sampling_options(self._config.sampling, is_greedy=config.best_of_n == 1)
         if config.best_of_n > 1:
@@ -75,6 +83,12 @@ class Judge:
         seeds = sample_seeds(self._config.run.seed, EVAL_SEEDS, 0, rows, config.best_of_n)
         tokens = [self._held_out.tokens[i] for i in mine]
         candidates, _ = self._actors.generate(tokens, seeds, ["policy"] * config.best_of_n, sampling)
+        if self._explorer is not None and config.best_of_n > 1:
+            sets = [
+                CandidateSet(prompt=prompt, prompt_tokens=self._held_out.tokens[i], candidates=found)
+                for prompt, i, found in zip(prompts, mine, candidates, strict=True)
+            ]
+            return [found[n] for found, n in zip(candidates, self._explorer.best(sets), strict=True)]
         best = best_of(
             lambda *pairs: self._actors.compare(*pairs)[0],
             prompts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,13 @@ from oatlite.algorithms.base import Algorithm, Candidate, CandidateSet
 from oatlite.config.schema import Config, SamplingConfig
 from oatlite.data import PromptSet, epoch_order
 from oatlite.errors import ConfigError
-from oatlite.messages import UInt64
+from oatlite.messages import Bool, UInt64
 from oatlite.metrics.records import Mean
 from oatlite.models import TokenPair
 from oatlite.oracles.base import Verdicts, draw_verdicts, flipped, reward_margins, trainable_pairs, wins
 from oatlite.workers.buffer import TrainingPair
-from oatlite.workers.contracts import Actors, Share, Shows
+from oatlite.workers.contracts import Actors, Explores, Share, Shows
+from oatlite.workers.explorer import Choice
 from oatlite.workers.gold import GoldScore
 from oatlite.workers.rollout import SamplingOptions
 
@@ -46,6 +48,8 @@ class Rollouts:
     num_failures: int = 0
     generate_s: float | None = None
     score_s: float | None = None
+    encode_s: float | None = None
+    head_s: float | None = None
 
 
 class Experience:
@@ -60,6 +64,7 @@ class Experience:
         actors: Actors,
         shows: Shows,
         gold: GoldScore | None,
+        explorer: Explores | None = None,
     ) -> None:
         self._config = config
         self._share = share
@@ -68,6 +73,7 @@ class Experience:
         self._actors = actors
         self._shows = shows
         self._gold = gold
+        self._explorer = explorer
 
     def collect(self, step: int, num_queries: int) -> Rollouts:
         """The rollouts of ``step`` (from 1) with the policy that the actors hold.
@@ -78,7 +84,7 @@ class Experience:
         if self._config.data.max_queries is not None:
             of_step = of_step[: self._config.data.max_queries - num_queries]
         indices: list[int] = self._share.of(of_step)
-        samplers = list(self._algorithm.sampling_plan())
+        samplers = self._plan()
         seeds = sample_seeds(
             self._config.run.seed, TRAIN_SEEDS, epoch, self._prompts.rows[indices].tolist(), len(samplers)
         )
@@ -92,7 +98,13 @@ class Experience:
             )
             for i, candidates in zip(indices, found, strict=True)
         ]
-        duels = self._algorithm.select(sets, {}, self._draws(SELECT_DRAWS, step))
+        choice = None
+        if self._explorer is not None:
+            with self._shows.doing("score", f"step {step}, {len(samplers)} candidates each"):
+                choice = self._explorer.choose(sets, step)
+            duels = choice.duels
+        else:
+            duels = self._algorithm.select(sets, {}, self._draws(SELECT_DRAWS, step))
         if len(duels) > len(sets):
             raise ConfigError(
                 f"{type(self._algorithm).__name__}.select chose {len(duels)} pairs of {len(sets)} prompts",
@@ -106,7 +118,8 @@ class Experience:
         if all_references is not None:
             references = [all_references[indices[duel.prompt]] for duel in duels]
         with self._shows.doing("score", f"step {step}"):
-            verdicts, num_asked, score_s = self._ask(contests, first, second, references)
+            is_own = np.zeros(len(duels), np.bool_) if choice is None else choice.is_self_labelled
+            verdicts, num_asked, score_s = self._ask(contests, first, second, references, is_own)
         rollouts = Rollouts(
             policy_version=self._actors.policy_version,
             epoch=epoch,
@@ -114,12 +127,14 @@ class Experience:
             means=_sample_means(first, second, verdicts),
             num_tokens=sum(len(candidate.tokens) for candidates in found for candidate in candidates),
             num_queries=num_asked,
-            num_without_verdict=num_asked - int(verdicts.is_valid.sum()),
+            num_without_verdict=num_asked - int((verdicts.is_valid & ~is_own).sum()),
             num_failures=verdicts.num_failures,
             generate_s=generate_s,
             score_s=score_s,
         )
-        self._add_pairs(rollouts, step, contests, first, second, verdicts)
+        first_wins = self._add_pairs(rollouts, step, contests, first, second, verdicts, is_own)
+        if choice is not None:
+            self._teach(rollouts, choice, first_wins, num_queries)
         if self._config.eval.online and references is not None:
             with self._shows.doing("score", f"step {step} against references"):
                 rollouts.means["online_win_rate"] = self._win_rate(contests, [first, second], references)
@@ -131,17 +146,42 @@ class Experience:
         first: Sequence[Candidate],
         second: Sequence[Candidate],
         references: Sequence[str] | None,
+        is_own: Bool,
     ) -> tuple[Verdicts, int, float]:
-        """The verdicts, how many pairs were asked about, and seconds. Of two equal texts neither is better, and no
-        query is spent on that."""
-        asked = [b for b in range(len(contests)) if first[b].text != second[b].text]
+        """The verdicts, how many pairs were asked about, and seconds. Of two equal texts neither is better, and the
+        head's own pairs (``is_own``) are won by the first: no query is spent on either."""
+        asked = [b for b in range(len(contests)) if first[b].text != second[b].text and not is_own[b]]
         verdicts, score_s = self._actors.compare(
             [contests[b].prompt for b in asked],
             [first[b].text for b in asked],
             [second[b].text for b in asked],
             [references[b] for b in asked] if references is not None else None,
         )
-        return spread(verdicts, asked, len(contests)), len(asked), score_s
+        verdicts = spread(verdicts, asked, len(contests))
+        if is_own.any():
+            verdicts.first_win[is_own], verdicts.is_valid[is_own] = 1.0, True
+        return verdicts, len(asked), score_s
+
+    def _teach(self, rollouts: Rollouts, choice: Choice, first_wins: Bool, num_before: int) -> None:
+        """Let the head learn from the pairs that the oracle decided; where only the head learns, drop them all."""
+        assert self._explorer is not None
+        start = time.perf_counter()
+        is_decided = np.array([pair.is_trainable for pair in rollouts.pairs], np.bool_) & ~choice.is_self_labelled
+        sides = np.where(first_wins[:, None, None], choice.features, choice.features[:, ::-1])
+        figures = self._explorer.learn(sides[is_decided], rollouts.num_queries, num_before)
+        for name, value in figures.items():
+            rollouts.means[f"head/{name}"] = Mean(value, 1.0)
+        if self._config.explore.self_label_ratio:
+            rollouts.means["self_labelled"] = Mean(float(choice.is_self_labelled.sum()), len(first_wins))
+        rollouts.encode_s, rollouts.head_s = choice.seconds, time.perf_counter() - start
+        if self._config.explore.head_only:
+            rollouts.pairs.clear()
+
+    def _plan(self) -> list[str]:
+        """The sampler of each candidate of a prompt."""
+        if self._explorer is not None:
+            return ["policy"] * self._config.explore.num_candidates
+        return list(self._algorithm.sampling_plan())
 
     def _win_rate(
         self, contests: Sequence[CandidateSet], sides: Sequence[Sequence[Candidate]], references: Sequence[str]
@@ -167,13 +207,15 @@ class Experience:
         first: Sequence[Candidate],
         second: Sequence[Candidate],
         verdicts: Verdicts,
-    ) -> None:
+        is_own: Bool,
+    ) -> Bool:
+        """Returns which pairs their first response wins, noise included."""
         feedback = self._config.oracle.feedback
         first_wins = draw_verdicts(verdicts.first_win, verdicts.is_valid, feedback, self._draws(VERDICT_DRAWS, step))
         trainable = trainable_pairs(verdicts, [c.text for c in first], [c.text for c in second], feedback)
         margins = reward_margins(verdicts)
         turned = flipped(len(contests), self._config.oracle.flip_prob, self._draws(FLIP_DRAWS, step))
-        turned &= verdicts.is_valid
+        turned &= verdicts.is_valid & ~is_own
         first_wins, margins = first_wins ^ turned, np.where(turned, -margins, margins)
         for b, contest in enumerate(contests):
             chosen, rejected = (first[b], second[b]) if first_wins[b] else (second[b], first[b])
@@ -198,10 +240,13 @@ class Experience:
             }
             if turned[b]:
                 row["is_flipped"] = True
+            if is_own[b]:
+                row["is_self_labelled"] = True
             if self._gold is not None:
                 row["gold_scores"] = [self._gold(contest.prompt, text) for text in (chosen.text, rejected.text)]
                 rollouts.means["gold_score"].extend(row["gold_scores"])
             rollouts.rows.append(row)
+        return first_wins
 
     def _draws(self, purpose: int, step: int) -> np.random.Generator:
         return np.random.default_rng([self._config.run.seed, purpose, step, self._share.rank])

@@ -153,6 +153,8 @@ class Learner:
         perf = clock.laps | {
             "generate_s": rollouts.generate_s,
             "score_s": rollouts.score_s,
+            "encode_s": rollouts.encode_s,
+            "head_s": rollouts.head_s,
             "reference_s": stats.reference_s,
         }
         if actors is not None and rollouts.generate_s is not None:

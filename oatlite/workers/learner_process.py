@@ -39,6 +39,7 @@ from oatlite.weights import DTYPES, WeightExporter, create_buffer, plan_layout
 from oatlite.workers.contracts import Collects, Judges, Share
 from oatlite.workers.evaluation import Judge
 from oatlite.workers.experience import Experience
+from oatlite.workers.explorer import Explorer
 from oatlite.workers.gold import GoldScore, checked_gold
 from oatlite.workers.journal import Journal
 from oatlite.workers.learner import Learner
@@ -91,8 +92,12 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     rows = Layout(name=layout, pad_token_id=int(tokenizer.pad_token_id), device=device)
     reference, at_hand = _reference(config, algorithm, device, policy, trainer)
     updater = Updater(config, trainer, algorithm, reference, rows, at_hand)
-    experience, judge = _halves(spec, pool, algorithm, updater, tokenizer, lifeline)
-    keeper, progress = _checkpoints(spec, trainer, policies, updater, lifeline)
+    share = Share(rank=spec.index, count=int(config.placement.learners or 1))
+    explorer = None
+    if pool is not None and config.explore.rule != "none":
+        explorer = Explorer(config, share, pool, trainer, device)
+    experience, judge = _halves(spec, pool, algorithm, updater, tokenizer, lifeline, share, explorer)
+    keeper, progress = _checkpoints(spec, trainer, policies, updater, lifeline, explorer)
     journal = None
     if spec.index == 0:
         journal = Journal(spec.run_dir, lifeline, _more_sinks(spec), resumed_step=progress.step or None)
@@ -137,7 +142,12 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
 
 
 def _checkpoints(
-    spec: WorkerSpec, trainer: Trainer, policies: PolicyWeights, updater: Updater, lifeline: Lifeline
+    spec: WorkerSpec,
+    trainer: Trainer,
+    policies: PolicyWeights,
+    updater: Updater,
+    lifeline: Lifeline,
+    explorer: Explorer | None,
 ) -> tuple[Keeper, Progress]:
     """What saves the rank's part, and where the run stands: at its beginning, or where it was saved."""
     keeper = Keeper(
@@ -148,6 +158,7 @@ def _checkpoints(
         buffer=updater.buffer,
         rank=spec.index,
         about={"config": spec.config.model_dump(mode="json"), "fingerprints": spec.fingerprints},
+        explorer=explorer,
     )
     if spec.resume_from is None:
         return keeper, Progress()
@@ -162,10 +173,11 @@ def _halves(
     updater: Updater,
     tokenizer: PreTrainedTokenizerBase,
     lifeline: Lifeline,
+    share: Share,
+    explorer: Explorer | None,
 ) -> tuple[Collects, Judges]:
     """Where pairs come from, and what a policy is judged by: with actors or, offline, without."""
     config = spec.config
-    share = Share(rank=spec.index, count=int(config.placement.learners or 1))
     if pool is None:
         pairs, held_out_pairs = load_preferences(config.data, config.eval.prompts, tokenizer)
         return RecordedExperience(config, share, pairs), HeldOutPairs(share, held_out_pairs, updater)
@@ -173,8 +185,8 @@ def _halves(
         config.data, config.eval.prompts, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
     )
     gold = _gold(config)
-    experience = Experience(config, share, prompts, algorithm, pool, lifeline, gold)
-    return experience, Judge(config, share, held_out, pool, gold)
+    experience = Experience(config, share, prompts, algorithm, pool, lifeline, gold, explorer)
+    return experience, Judge(config, share, held_out, pool, gold, explorer)
 
 
 def _load_policy(spec: WorkerSpec) -> tuple[PairModel, dict[str, dict[str, Published]]]:

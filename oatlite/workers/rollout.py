@@ -26,6 +26,8 @@ from oatlite.messages import (
     BucketReady,
     CandidateBatch,
     CompareRequest,
+    EncodeRequest,
+    FeatureBatch,
     Float32,
     GenerateRequest,
     Hello,
@@ -41,8 +43,8 @@ from oatlite.oracles.base import Verdicts
 from oatlite.transport import Hub
 from oatlite.weights import WeightExporter
 
-Request = TypeVar("Request", GenerateRequest, CompareRequest)
-Answer = TypeVar("Answer", CandidateBatch, PreferenceBatch)
+Request = TypeVar("Request", GenerateRequest, CompareRequest, EncodeRequest)
+Answer = TypeVar("Answer", CandidateBatch, PreferenceBatch, FeatureBatch)
 
 Purpose = Literal["train", "eval"]
 
@@ -174,6 +176,26 @@ class ActorPool:
         )
         return verdicts, max((batch.oracle_s for batch in batches), default=0.0)
 
+    def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Float32, float]:
+        """The features (B, D) of B prompts with a response each, and the longest time that an actor took, in seconds.
+
+        What an encoder cannot take is NaN.
+        """
+        parts = self._split(len(prompts))
+        requests = {
+            peer: EncodeRequest(
+                run_id=self._run_id,
+                batch_id=self._next_batch_id(),
+                prompts=list(prompts[part]),
+                responses=list(responses[part]),
+            )
+            for peer, part in parts.items()
+        }
+        answers = self._exchange(requests, FeatureBatch, self._deadlines.oracle_s, _answers_encode)
+        rows = [answers[peer].features.reshape(-1, answers[peer].num_features) for peer in parts]
+        features = np.concatenate(rows) if rows else np.zeros((0, 1), np.float32)
+        return features, max((answer.encode_s for answer in answers.values()), default=0.0)
+
     def sync(self, version: int, source: ParameterSource) -> list[str]:
         """Push the parameters of ``source`` into all actors as ``version``; returns the checksum of each bucket.
 
@@ -239,7 +261,7 @@ class ActorPool:
                     raise WorkerDied(f"{peer} read other bytes of weights {version} than were written")
                 reload_s = max(reload_s, message.load_s)
                 waiting.discard(peer)
-            elif isinstance(message, CandidateBatch | PreferenceBatch):
+            elif isinstance(message, CandidateBatch | PreferenceBatch | FeatureBatch):
                 self._set_aside.append((peer, message))
             else:
                 self._drop(peer, message)
@@ -328,11 +350,16 @@ class ActorPool:
 
 
 def _kind(requests: dict[str, Any]) -> str:
-    return "request to generate" if isinstance(next(iter(requests.values())), GenerateRequest) else "comparison"
+    words = {GenerateRequest: "request to generate", CompareRequest: "comparison", EncodeRequest: "request to encode"}
+    return words[type(next(iter(requests.values())))]
 
 
 def _answers_compare(request: CompareRequest, answer: PreferenceBatch) -> bool:
     return answer.batch_id == request.batch_id and answer.first_win.size == len(request.prompts)
+
+
+def _answers_encode(request: EncodeRequest, answer: FeatureBatch) -> bool:
+    return answer.batch_id == request.batch_id and answer.features.size == answer.num_features * len(request.prompts)
 
 
 def _concatenate(parts: list[Float32]) -> Float32:

@@ -19,9 +19,10 @@ from oatlite.messages import cut, join
 from oatlite.models import TokenPair
 from oatlite.trainer import Trainer
 from oatlite.workers.buffer import Entry, PairBuffer, TrainingPair
+from oatlite.workers.explorer import Explorer
 from oatlite.workers.policies import PolicyWeights
 
-BEHAVIOUR = "behaviour.safetensors"
+BEHAVIOUR, HEAD = "behaviour.safetensors", "head.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,8 @@ class Saves(Protocol):
 
 
 class Keeper:
-    """Saves and restores one rank's part: optimizer and weights, the behaviour policy where it lags, the buffer.
+    """Saves and restores one rank's part: optimizer and weights, the behaviour policy where it lags, the buffer, and
+    the epistemic head with its comparisons, if there is one.
 
     Nothing else is needed: prompts, seeds and draws are functions of the run's seed and the step.
     """
@@ -55,6 +57,7 @@ class Keeper:
         buffer: PairBuffer,
         rank: int,
         about: Mapping[str, Any],
+        explorer: Explorer | None = None,
     ) -> None:
         self._root = root
         self._keep_last = keep_last
@@ -63,6 +66,7 @@ class Keeper:
         self._buffer = buffer
         self._rank = rank
         self._about = dict(about)
+        self._explorer = explorer
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint; all ranks together. Raises StorageError; the checkpoints before it stay whole."""
@@ -77,6 +81,10 @@ class Keeper:
         if lagging is not None and self._rank == 0:
             with writer.open(BEHAVIOUR) as file:
                 file.write(save(lagging))
+        head = self._explorer.state() if self._explorer is not None else {}
+        if head and self._rank == 0:  # which is the same on every rank
+            with writer.open(HEAD) as file:
+                file.write(save(head))
         records = json.dumps([dataclasses.astuple(record) for record in writer.records]).encode()
         parts = self._trainer.gather_bytes(records)
         if self._rank == 0:
@@ -95,6 +103,10 @@ class Keeper:
         if behaviour.exists():
             with safe_open(behaviour, "pt") as file:
                 self._policies.adopt_copy({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        head = checkpoint.folder / HEAD
+        if self._explorer is not None and head.exists():
+            with safe_open(head, "pt") as file:
+                self._explorer.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         if self._rank == 0:
             prune(self._root, self._keep_last, newer_than=progress.step)
         self._wait_for_all()

@@ -161,6 +161,7 @@ def test_every_flag_reaches_its_option(trained: list[Any]) -> None:
         "algorithm.beta": 0.7, "learner.lr": 0.3, "rollout.sync_every": 4, "sampling.max_new_tokens": 5,
         "sampling.temperature": 0.2, "rollout.prompts_per_step": 80, "learner.batch_size": 40,
         "learner.micro_batch_size": 4, "oracle.path": ("o", "judge"), "oracle.weights": "0.7,0.3",
+        "explore.rule": "sea-ee", "explore.num_candidates": 5,
         "oracle.flip_prob": 0.1, "remote.url": "http://h:1", "judge.model": "j", "judge.url": "http://h:2",
         "placement.gpus": 0, "placement.actors": 2,
         "lora.rank": 16, "learner.reference_offload": True,

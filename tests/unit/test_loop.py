@@ -333,6 +333,70 @@ def test_flipped_labels_carry_flipped_margins() -> None:
     assert wrong.journal.of("eval")[-1]["reward"] < wrong.journal.of("eval")[0]["reward"]
 
 
+EXPLORE = {"num_candidates": 6, "members": 8, "hidden_size": 32, "gradient_steps": 20}
+
+
+@pytest.mark.parametrize("rule", ["sea-bai", "sea-ee", "uncertainty", "passive"])
+def test_exploration_chooses_among_candidates_and_the_head_learns(rule: str) -> None:
+    run = rehearse(algorithm(DPO), share_of_e, steps=25, settings={"explore": {"rule": rule, **EXPLORE}})
+    steps = run.journal.of("step")
+    assert all(record["queries"] <= 32 * record["step"] for record in steps)
+    assert steps[-1]["head/accuracy"] > 0.85
+    assert steps[-1]["head/loss"] < steps[0]["head/loss"] - 0.1
+    assert steps[-1]["head/pull"] == pytest.approx(0.5 * 128 / steps[-1]["queries"])
+    assert "encode 192" in run.calls
+    first, last = run.journal.of("eval")[0], run.journal.of("eval")[-1]
+    assert last["win_rate"] > first["win_rate"] + 0.25
+    again = rehearse(algorithm(DPO), share_of_e, steps=3, settings={"explore": {"rule": rule, **EXPLORE}})
+    assert again.journal.pairs == [pair for pair in run.journal.pairs if pair["step"] <= 3]
+
+
+def test_thompson_sampling_finds_better_responses_than_the_first_two() -> None:
+    rewards = {}
+    for rule in ("sea-ee", "passive"):
+        settings = {"explore": {"rule": rule, "head_only": True, **EXPLORE}}
+        run = rehearse(algorithm(DPO), share_of_e, steps=12, settings=settings)
+        rewards[rule] = np.mean([record["reward"] for record in run.journal.of("step")[6:]])
+    assert rewards["sea-ee"] > 1.5 * rewards["passive"] > 0
+
+
+def test_where_only_the_head_learns_the_policy_stays_and_its_best_of_n_improves() -> None:
+    settings = {
+        "explore": {"rule": "sea-bai", "head_only": True, **EXPLORE},
+        "eval": {"best_of_n": 8, "best_of_n_temperature": 1.0},
+    }
+    run = rehearse(algorithm(DPO), share_of_e, steps=12, settings=settings)
+    assert torch.equal(run.policy.logits, BigramPolicy(0).logits)
+    assert [record["trained_pairs"] for record in run.journal.of("step")] == [0] * 12
+    assert run.journal.notes == []
+    first, last = run.journal.of("eval")[0], run.journal.of("eval")[-1]
+    assert last["reward"] > first["reward"] + 0.3
+    compared = [int(call.split()[1]) for call in run.calls if call.startswith("compare")]
+    assert compared.count(26) == 3, "the best is the head's to pick, and the oracle judges only it"
+
+
+def test_the_head_labels_its_own_pairs_after_the_burn_in_and_at_no_query() -> None:
+    explore = {"rule": "sea-ee", "self_label_ratio": 0.5, "burn_in": 3, **EXPLORE}
+    run = rehearse(algorithm(DPO), share_of_e, steps=8, settings={"explore": explore})
+    steps, pairs = run.journal.of("step"), run.journal.pairs
+    assert [round(record["self_labelled"], 1) for record in steps] == [0.0] * 3 + [0.5] * 5
+    for step in range(1, 9):
+        own = [pair for pair in pairs if pair["step"] == step and pair.get("is_self_labelled")]
+        asked = steps[step - 1]["queries"] - (steps[step - 2]["queries"] if step > 1 else 0)
+        others = [p for p in pairs if p["step"] == step and not p.get("is_self_labelled")]
+        assert len(own) == (16 if step > 3 else 0)
+        assert asked == sum(pair["chosen"] != pair["rejected"] for pair in others)
+        assert all(pair["win_probability"] == 1 and not pair.get("is_flipped") for pair in own)
+    right = [share_of_e("", p["chosen"]) >= share_of_e("", p["rejected"]) for p in pairs if p.get("is_self_labelled")]
+    assert np.mean(right) > 0.85
+
+
+def test_the_head_stops_learning_after_its_budget() -> None:
+    explore = {"rule": "passive", "learn_until": 70, **EXPLORE}
+    run = rehearse(algorithm(DPO), share_of_e, steps=4, settings={"explore": explore})
+    assert ["head/loss" in record for record in run.journal.of("step")] == [True, True, False, False]
+
+
 def test_dropped_prompts_are_not_asked_about() -> None:
     config = CustomAlgorithmConfig(name=f"{EXAMPLE}:FarApart", options={"min_gap": 0.12})
     run = rehearse(algorithm(config), share_of_e, steps=3)

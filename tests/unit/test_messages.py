@@ -21,7 +21,9 @@ from oatlite.messages import (
     CandidateBatch,
     CompareRequest,
     CudaIpcHandle,
+    EncodeRequest,
     Failure,
+    FeatureBatch,
     GenerateRequest,
     Hello,
     MalformedMessage,
@@ -91,6 +93,8 @@ EXAMPLES = {
             second=["c", ""],
             references=["r", "s"],
         ),
+        EncodeRequest(run_id=RUN, batch_id="3", prompts=["p", "q"], responses=["a", ""]),
+        FeatureBatch(run_id=RUN, batch_id="3", features=f32(1, 2, np.nan, np.nan), num_features=2, encode_s=0.1),
         PreferenceBatch(
             run_id=RUN,
             batch_id="2",
@@ -250,6 +254,12 @@ def any_message(draw):
         values["purpose"] = draw(st.sampled_from(["train", "eval"]))
         resize(count, "prompts", "first", "second")
         resize(draw(st.sampled_from([0, count])), "references")
+    elif cls is EncodeRequest:
+        resize(count, "prompts", "responses")
+    elif cls is FeatureBatch:
+        values["num_features"] = draw(st.integers(1, 4))
+        rows = draw(st.lists(st.floats(width=32, allow_infinity=False), max_size=3))
+        values["features"] = np.repeat(f32(*rows), values["num_features"])
     elif cls is PreferenceBatch:
         resize(count, "is_valid")
         values["first_win"] = draw(

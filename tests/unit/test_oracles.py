@@ -195,14 +195,14 @@ def test_small_batches_give_the_same_scores_and_stay_within_their_tokens(tmp_pat
     large = RewardModelOracle(path).score(prompts, responses)
     small = RewardModelOracle(path, batch_tokens=100)
     shapes = []
-    forward = small._forward
+    forward = small._rewards
 
     def noted(pairs):
         responses = sum(1 + (len(pair.rejected) > 0) for pair in pairs)
         shapes.append((responses, len(pairs), max(pair.num_tokens for pair in pairs)))
         return forward(pairs)
 
-    monkeypatch.setattr(small, "_forward", noted)
+    monkeypatch.setattr(small, "_rewards", noted)
     np.testing.assert_allclose(small.score(prompts, responses), large, atol=1e-5)
     assert sum(responses for responses, _, _ in shapes) == 23
     assert 23 > sum(rows for _, rows, _ in shapes) > len(shapes)

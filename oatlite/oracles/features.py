@@ -1,0 +1,106 @@
+"""Features of a prompt with a response, for the epistemic reward head: what an encoder knows, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from oatlite.config.schema import Config
+from oatlite.continuations import join
+from oatlite.errors import ConfigError
+from oatlite.oracles.base import Floats, PreferenceOracle
+from oatlite.oracles.loading import is_pairrm, load_tokenizer, read_config, torch_dtype
+from oatlite.oracles.sequences import batches, longest_first, pad
+from oatlite.sources import first_line
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    def features(self, prompts: Sequence[str], responses: Sequence[str]) -> Floats:
+        """(B, D) float32, in order; NaN for a response that is too long."""
+        ...
+
+
+def build_encoder(config: Config, oracle: PreferenceOracle, *, device: str) -> Encodes:
+    """What ``explore.encoder`` names, and the oracle's own encoder where it names none or the same.
+
+    Raises ConfigError for an oracle that has none, or a model that cannot be loaded.
+    """
+    path = config.explore.encoder
+    if path is None or (path,) == config.oracle.path:
+        if not isinstance(oracle, Encodes):
+            raise no_encoder(config)
+        return oracle
+    if is_pairrm(read_config(path)):
+        from oatlite.oracles.pairrm import PairRMOracle
+
+        return PairRMOracle(
+            path,
+            max_tokens=config.oracle.max_tokens,
+            batch_tokens=config.oracle.batch_tokens,
+            dtype=config.oracle.dtype,
+            device=device,
+        )
+    return ModelEncoder(
+        path,
+        max_tokens=config.oracle.max_tokens,
+        batch_tokens=config.oracle.batch_tokens,
+        dtype=config.oracle.dtype,
+        device=device,
+    )
+
+
+def no_encoder(config: Config) -> ConfigError:
+    return ConfigError(
+        f"the oracle {', '.join(config.oracle.path)} has no encoder, and --explore learns from features",
+        "name one with --set explore.encoder=MODEL, such as a reward model or pairrm",
+    )
+
+
+class ModelEncoder:
+    """Any Hugging Face model without its head: the last hidden state of a decoder's last token, or of an encoder's
+    first. Prompt and response are tokenized together, in batches of at most ``batch_tokens`` padded tokens."""
+
+    def __init__(
+        self, path: str, *, max_tokens: int = 1024, batch_tokens: int = 8192, dtype: str = "auto", device: str = "cpu"
+    ) -> None:
+        from transformers import AutoModel
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        self.device = torch.device(device)
+        self.tokenizer = load_tokenizer(path)
+        try:
+            model: Any = AutoModel.from_pretrained(path, dtype=torch_dtype(dtype, self.device))
+        except Exception as error:  # torn weights, an architecture that this version cannot load
+            raise ConfigError(f"the encoder {path} cannot be loaded: {first_line(error)}", "name another") from error
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_tokens = min(max_tokens, limit) if limit else max_tokens
+        self.batch_tokens = batch_tokens
+        self._is_decoder = model.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _is_bidirectional(model)
+
+    @torch.inference_mode()
+    def features(self, prompts: Sequence[str], responses: Sequence[str]) -> Floats:
+        """See :meth:`Encodes.features`."""
+        from oatlite.oracles.reward_model import pooled_states
+
+        texts = [prompt + join(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        ids: list[list[int]] = [self.tokenizer(text, verbose=False)["input_ids"] for text in texts]
+        found = np.full((len(ids), self.model.config.get_text_config().hidden_size), np.nan, np.float32)
+        lengths = [len(each) for each in ids]
+        fitting = [i for i in longest_first(lengths) if 0 < lengths[i] <= self.max_tokens]
+        for batch in batches(fitting, lengths, self.batch_tokens):
+            input_ids, mask = pad([ids[i] for i in batch])
+            states = pooled_states(
+                self.model, input_ids.to(self.device), mask.to(self.device), is_decoder=self._is_decoder
+            )
+            found[batch] = states.float().cpu().numpy()
+        return found
+
+
+def _is_bidirectional(model: Any) -> bool:
+    """Encoders such as BERT can be made decoders of, and are listed as such."""
+    return hasattr(model.config, "is_decoder") and not model.config.is_decoder and "bert" in model.config.model_type

@@ -1,0 +1,189 @@
+"""Exploration by the epistemic reward head: it scores all candidates, chooses which two meet, and learns from verdicts.
+
+Every rank holds the same head. Selection takes a rank's own prompts; comparisons are gathered from all ranks, and each
+rank takes the same steps on them, so that heads stay equal without being sent around.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from oatlite.algorithms.base import CandidateSet, Duel
+from oatlite.config.schema import Config, ExploreConfig
+from oatlite.epistemic import HeadTrainer
+from oatlite.maths.ensemble import EpistemicHead
+from oatlite.maths.exploration import (
+    Duels,
+    Rewards,
+    best_arm_duels,
+    draw_members,
+    explore_exploit_duels,
+    passive_duels,
+    self_labelled_pairs,
+    uncertainty_duels,
+)
+from oatlite.messages import Bool, Float32
+from oatlite.workers.contracts import Actors, Ranks, Share
+
+SELECT_DRAWS, SELF_DRAWS = 10, 11
+HEADER_BYTES = 4 * 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The duels of a rank's step. Those that the head labels itself (``is_self_labelled``, (B,)) are won by their
+    first candidate; ``features`` (B, 2, D) are of both candidates of each duel."""
+
+    duels: list[Duel]
+    is_self_labelled: Bool
+    features: Float32
+    seconds: float
+
+
+class Explorer:
+    """The head of one rank, made when the first features show how wide it is."""
+
+    def __init__(self, config: Config, share: Share, actors: Actors, ranks: Ranks, device: torch.device) -> None:
+        self._config = config
+        self._share = share
+        self._actors = actors
+        self._ranks = ranks
+        self._device = device
+        self._trainer: HeadTrainer | None = None
+
+    def choose(self, sets: Sequence[CandidateSet], step: int) -> Choice:
+        """Which two candidates of each prompt meet in ``step``, and which pairs the head labels itself.
+
+        A prompt whose duel would be one candidate against itself is left out.
+        """
+        features, seconds = self._features(sets)
+        rewards = self._rewards(features)
+        options = self._config.explore
+        duels = select(rewards, options, self._draws(SELECT_DRAWS, step))
+        own = self._self_labelled(rewards, step)
+        first = np.where(own.is_there, own.first, duels.first)
+        second = np.where(own.is_there, own.second, duels.second)
+        kept = np.flatnonzero(first != second)
+        return Choice(
+            duels=[Duel(int(m), int(first[m]), int(second[m])) for m in kept],
+            is_self_labelled=own.is_there[kept],
+            features=np.stack([features[kept, first[kept]], features[kept, second[kept]]], axis=1),
+            seconds=seconds,
+        )
+
+    def best(self, sets: Sequence[CandidateSet]) -> list[int]:
+        """The candidate of each prompt that the members like best on average."""
+        features, _ = self._features(sets)
+        favourites: list[int] = self._rewards(features).mean(0).argmax(1).tolist()
+        return favourites
+
+    def learn(self, comparisons: Float32, num_asked: int, num_before: int) -> dict[str, float]:
+        """Learn from this rank's comparisons, features (B, 2, D) of the chosen and the rejected response, and from
+        those of the other ranks; all ranks together.
+
+        This rank made ``num_asked`` queries in this step, and all ranks ``num_before`` before it. Gives what was
+        measured, nothing where nothing was learned.
+        """
+        header = np.array([*comparisons.shape, num_asked], np.int64)
+        parts = self._ranks.gather_bytes(header.tobytes() + comparisons.astype(np.float32).tobytes())
+        num_queries, gathered = num_before, []
+        for part in parts:
+            asked, theirs = _unpacked(part)
+            num_queries += asked
+            gathered.append(theirs)
+        until = self._config.explore.learn_until
+        if self._trainer is None or (until is not None and num_queries > until):
+            return {}
+        for theirs in gathered:
+            if len(theirs):
+                self._trainer.add(*torch.from_numpy(theirs.copy()).unbind(1))
+        return self._trainer.learn(num_queries)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """For a checkpoint, tensors by name; nothing before the first features."""
+        return {} if self._trainer is None else self._trainer.state()
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._trainer_for(state["comparisons"].shape[-1]).restore(state)
+
+    def _features(self, sets: Sequence[CandidateSet]) -> tuple[Float32, float]:
+        """(M, N, D), what the encoder cannot take being zero, and seconds."""
+        found, seconds = self._actors.encode(
+            [one.prompt for one in sets for _ in one.candidates],
+            [candidate.text for one in sets for candidate in one.candidates],
+        )
+        num_candidates = len(sets[0].candidates) if sets else 1
+        return np.nan_to_num(found).reshape(len(sets), num_candidates, found.shape[-1]), seconds
+
+    def _rewards(self, features: Float32) -> Rewards:
+        """(E, M, N)"""
+        trainer = self._trainer_for(features.shape[-1])
+        with torch.no_grad():
+            rewards: Rewards = trainer.head(torch.from_numpy(features).to(self._device)).cpu().numpy()
+        return rewards
+
+    def _trainer_for(self, num_features: int) -> HeadTrainer:
+        if self._trainer is None:
+            options, seed = self._config.explore, self._config.run.seed
+            head = EpistemicHead(num_features, num_members=options.members, hidden_size=options.hidden_size, seed=seed)
+            self._trainer = HeadTrainer(
+                head.to(self._device),
+                lr=options.lr,
+                weight_decay=options.weight_decay,
+                num_steps=options.gradient_steps,
+                batch_size=options.batch_size,
+                pull=options.pull,
+                is_pull_fixed=options.fixed_pull,
+                buffer_size=options.buffer_size,
+                seed=seed,
+            )
+        return self._trainer
+
+    def _self_labelled(self, rewards: Rewards, step: int) -> _SelfLabelled:
+        """A random share of the prompts, once the burn-in is over."""
+        _, num_prompts, _ = rewards.shape
+        options, rng = self._config.explore, self._draws(SELF_DRAWS, step)
+        pairs = self_labelled_pairs(rewards, draw_members(rng, len(rewards), num_prompts))
+        count = int(num_prompts * options.self_label_ratio) if step > options.burn_in else 0
+        is_there = np.zeros(num_prompts, np.bool_)
+        is_there[rng.permutation(num_prompts)[:count]] = True
+        return _SelfLabelled(pairs.first, pairs.second, is_there & ~pairs.is_clash)
+
+    def _draws(self, purpose: int, step: int) -> np.random.Generator:
+        return np.random.default_rng([self._config.run.seed, purpose, step, self._share.rank])
+
+
+@dataclass(frozen=True, slots=True)
+class _SelfLabelled:
+    first: npt.NDArray[np.int64]
+    second: npt.NDArray[np.int64]
+    is_there: Bool
+
+
+def select(rewards: Rewards, options: ExploreConfig, rng: np.random.Generator) -> Duels:
+    """The duels by the rule of ``options``, of rewards (E, M, N)."""
+    num_members, num_prompts, num_candidates = rewards.shape
+    members = draw_members(rng, num_members, num_prompts)
+    match options.rule:
+        case "sea-bai":
+            duels = best_arm_duels(rewards, members)
+        case "sea-ee":
+            duels = explore_exploit_duels(
+                rewards, members, max_tries=options.max_tries, allow_second_best=options.allow_second_best
+            )
+        case "uncertainty":
+            duels = uncertainty_duels(rewards)
+        case _:
+            duels = passive_duels(num_prompts)
+    return duels.with_random_others(num_candidates, rng) if options.random_fallback else duels
+
+
+def _unpacked(part: bytes) -> tuple[int, Float32]:
+    """A rank's number of queries, and its comparisons (B, 2, D)."""
+    *shape, num_asked = np.frombuffer(part[:HEADER_BYTES], np.int64).tolist()
+    return num_asked, np.frombuffer(part[HEADER_BYTES:], np.float32).reshape(shape)
