@@ -1,0 +1,268 @@
+"""The process behind ``oatlite serve-oracle``: Mosec with a gate, which reads requests, and workers, which answer.
+
+Mosec gives all requests of a dynamic batch one status, so what is wrong with one of them must be found before they
+are put together: that is the gate's work. The two are processes, and what goes from one to the other is a request as
+it came, less the token.
+
+Mosec's processes get their settings by environment variables, and its HTTP half shows no header to them: the token
+is a field of the message.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mosec import ClientError, Runtime, Server, ServerError, ValidationError, Worker
+
+from oatlite.config.oracle_names import kind_of
+from oatlite.config.schema import Config, OracleConfig
+from oatlite.errors import ConfigError, OatliteError, OracleError
+from oatlite.oracles import PreferenceOracle, RewardOracle, build_oracle, checked
+from oatlite.oracles.feedback import (
+    OLD_PATH,
+    PATH,
+    BadMessage,
+    Request,
+    decode_request,
+    encode_scores,
+    encode_verdicts,
+)
+
+SETTINGS = "OATLITE_SERVER_SETTINGS"
+TOKEN = "OATLITE_ORACLE_TOKEN"
+QUEUE = 1024
+"""More requests than these at once are told 429."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """What worker ``index`` loads and where: ``device`` is "cpu", "cuda", or "auto" for all that it sees.
+
+    ``mask`` is its CUDA_VISIBLE_DEVICES, and ``notes`` the folder where it leaves word of how its start went.
+    """
+
+    index: int
+    device: str
+    mask: str
+    threads: int
+    oracle: dict[str, Any]
+    notes: str
+
+    def environment(self) -> dict[str, str]:
+        """The variables of the worker's process; those for which it is too late once it runs are among them."""
+        return {
+            SETTINGS: json.dumps(asdict(self)),
+            TOKEN: "",  # the gate alone needs it
+            "CUDA_VISIBLE_DEVICES": self.mask,
+            "OMP_NUM_THREADS": str(self.threads),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """How Mosec listens and batches; ``folder`` is for its sockets."""
+
+    address: str
+    port: int
+    timeout_s: float
+    max_request_bytes: int
+    max_batch: int
+    max_wait_ms: int
+    folder: str
+    workers: list[WorkerSettings]
+
+    @classmethod
+    def read(cls, text: str) -> ServerSettings:
+        values = json.loads(text)
+        return cls(**values | {"workers": [WorkerSettings(**worker) for worker in values["workers"]]})
+
+    def mosec_arguments(self) -> list[str]:
+        """Each of Mosec's options that a variable of the environment would set otherwise, and then some."""
+        return [
+            *("--path", self.folder, "--address", self.address, "--port", str(self.port)),
+            *("--timeout", str(round(1000 * self.timeout_s)), "--capacity", str(QUEUE)),
+            *("--max-request-size", str(self.max_request_bytes)),
+            *("--namespace", "oatlite_oracle", "--log-level", "warning"),
+        ]
+
+
+class Gate(Worker):
+    """Lets well-formed requests with the right token through, one at a time."""
+
+    resp_mime_type = "application/msgpack"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._token = os.environ.get(TOKEN, "")
+
+    def deserialize(self, data: bytes) -> bytes:
+        """``data`` itself, known to be a request. Raises what Mosec answers with 422 and 400."""
+        try:
+            request = decode_request(data)
+        except BadMessage as error:
+            raise ValidationError(str(error)) from None
+        if self._token and not hmac.compare_digest((request.token or "").encode(), self._token.encode()):
+            raise ClientError("the token is missing or wrong")
+        return data
+
+    def forward(self, data: bytes) -> bytes:
+        return data
+
+    def serialize_ipc(self, data: bytes) -> bytes:
+        return data
+
+
+class Scorer(Worker):
+    """Answers requests that the gate let through, several at a time as one batch for the oracle."""
+
+    resp_mime_type = "application/msgpack"
+
+    def __init__(self) -> None:
+        super().__init__()
+        settings = WorkerSettings(**json.loads(os.environ[SETTINGS]))
+        notes = Path(settings.notes)
+        try:
+            self._oracle = load(settings)
+        except OatliteError as error:
+            _leave(notes / f"failed-{settings.index}", json.dumps([error.exit_code, error.message, error.fix]))
+            sys.exit(1)
+        except Exception as error:  # told in one line by whoever started us, and here in full
+            traceback.print_exc()
+            why = f"a worker failed at its start: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            _leave(notes / f"failed-{settings.index}", json.dumps([OracleError.exit_code, why, ""]))
+            sys.exit(1)
+        _leave(notes / f"ready-{settings.index}", "")
+
+    def deserialize_ipc(self, data: bytes) -> Request:
+        return decode_request(data)
+
+    def forward(self, data: Any) -> Any:
+        """The answers to a list of requests, or to one where Mosec makes no batches."""
+        try:
+            return answers(self._oracle, data) if isinstance(data, list) else answers(self._oracle, [data])[0]
+        except OracleError as error:
+            raise ServerError(str(error)) from error
+
+    def serialize(self, data: bytes) -> bytes:
+        return data
+
+
+def load(settings: WorkerSettings) -> PreferenceOracle:
+    """The oracle of a worker; a model has answered once. Raises ConfigError or OracleError."""
+    options = OracleConfig.model_validate(settings.oracle)
+    (name,) = options.path
+    if settings.device == "cpu" and kind_of(name) == "model":
+        import torch
+
+        torch.set_num_threads(settings.threads)
+    if settings.device == "auto":
+        _check_splits(name)
+    oracle = build_oracle(options.path, Config(oracle=options), device=settings.device)
+    if kind_of(name) == "model":
+        checked(oracle.compare(["Which one?"], ["This one."], ["That one."]), 1)
+    return oracle
+
+
+def _check_splits(name: str) -> None:
+    from oatlite.oracles.loading import is_pairrm, read_config
+
+    if kind_of(name) != "model" or is_pairrm(read_config(name)):
+        raise ConfigError(f"{name} is no model that is split over devices", "leave --devices-per-worker out")
+
+
+def answers(oracle: PreferenceOracle, requests: Sequence[Request]) -> list[bytes]:
+    """An answer to each request; those that ask alike are put to the oracle together.
+
+    Raises mosec's ValidationError where rewards are asked of an oracle that only compares, OracleError as it does.
+    """
+    found: list[bytes] = [b""] * len(requests)
+    groups: dict[tuple[bool, bool], list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault((bool(request.responses), request.references is not None), []).append(i)
+    for (is_for_scores, _), members in groups.items():
+        answer = _scores if is_for_scores else _verdicts
+        for i, body in zip(members, answer(oracle, [requests[i] for i in members]), strict=True):
+            found[i] = body
+    return found
+
+
+def _verdicts(oracle: PreferenceOracle, requests: Sequence[Request]) -> list[bytes]:
+    pairs = [pair for request in requests for pair in request.candidates]
+    verdicts = checked(
+        oracle.compare(
+            _all(requests, lambda request: request.prompts),
+            [first for first, _ in pairs],
+            [second for _, second in pairs],
+            _references(requests),
+        ),
+        len(pairs),
+    )
+    return [encode_verdicts(verdicts.part(part)) for part in _parts(requests)]
+
+
+def _scores(oracle: PreferenceOracle, requests: Sequence[Request]) -> list[bytes]:
+    if not isinstance(oracle, RewardOracle):
+        raise ValidationError("this oracle only compares; ask with batch_candidates")
+    responses = _all(requests, lambda request: request.responses)
+    scores = oracle.score(_all(requests, lambda request: request.prompts), responses, _references(requests))
+    return [encode_scores(np.asarray(scores, np.float32)[part]) for part in _parts(requests)]
+
+
+def _references(requests: Sequence[Request]) -> list[str] | None:
+    if any(request.references is None for request in requests):
+        return None
+    return _all(requests, lambda request: request.references or [])
+
+
+def _all(requests: Sequence[Request], texts: Callable[[Request], list[str]]) -> list[str]:
+    return [text for request in requests for text in texts(request)]
+
+
+def _parts(requests: Sequence[Request]) -> list[slice]:
+    ends = np.cumsum([len(request) for request in requests]).tolist()
+    return [slice(end - len(request), end) for end, request in zip(ends, requests, strict=True)]
+
+
+def _leave(note: Path, text: str) -> None:
+    """Whole or not at all."""
+    unfinished = note.with_name(f".{note.name}")
+    unfinished.write_text(text)
+    unfinished.rename(note)
+
+
+def serve(settings: ServerSettings) -> None:
+    """Until SIGTERM, or until Mosec gives up."""
+    sys.argv[1:] = settings.mosec_arguments()
+    server = Server()
+    gate = Runtime(Gate, num=1, env=[{"CUDA_VISIBLE_DEVICES": ""}])
+    scorers = Runtime(
+        Scorer,
+        num=len(settings.workers),
+        max_batch_size=settings.max_batch,
+        max_wait_time=settings.max_wait_ms,
+        timeout=settings.timeout_s,
+        env=[worker.environment() for worker in settings.workers],
+    )
+    server.register_runtime({PATH: [gate, scorers], OLD_PATH: [gate, scorers]})
+    server.run()
+
+
+def environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """``inherited`` without Mosec's own settings, which would win over ours."""
+    return {name: value for name, value in inherited.items() if not name.startswith("MOSEC_")}
+
+
+if __name__ == "__main__":
+    # Semaphores get a name by which they are found, and removed, after a process that was killed.
+    multiprocessing.current_process()._config["semprefix"] = sys.argv[1]  # type: ignore[attr-defined]
+    serve(ServerSettings.read(sys.stdin.read()))
