@@ -1,8 +1,7 @@
 """The process behind ``oatlite serve-oracle``: Mosec with a gate, which reads requests, and workers, which answer.
 
 Mosec gives all requests of a dynamic batch one status, so what is wrong with one of them must be found before they
-are put together: that is the gate's work. The two are processes, and what goes from one to the other is a request as
-it came, less the token.
+are put together: that is the gate's work. They are processes, and a request goes from one to another as it came.
 
 Mosec's processes get their settings by environment variables, and its HTTP half shows no header to them: the token
 is a field of the message.
@@ -16,8 +15,7 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,63 +35,7 @@ from oatlite.oracles.feedback import (
     encode_scores,
     encode_verdicts,
 )
-
-SETTINGS = "OATLITE_SERVER_SETTINGS"
-TOKEN = "OATLITE_ORACLE_TOKEN"
-QUEUE = 1024
-"""More requests than these at once are told 429."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSettings:
-    """What worker ``index`` loads and where: ``device`` is "cpu", "cuda", or "auto" for all that it sees.
-
-    ``mask`` is its CUDA_VISIBLE_DEVICES, and ``notes`` the folder where it leaves word of how its start went.
-    """
-
-    index: int
-    device: str
-    mask: str
-    threads: int
-    oracle: dict[str, Any]
-    notes: str
-
-    def environment(self) -> dict[str, str]:
-        """The variables of the worker's process; those for which it is too late once it runs are among them."""
-        return {
-            SETTINGS: json.dumps(asdict(self)),
-            TOKEN: "",  # the gate alone needs it
-            "CUDA_VISIBLE_DEVICES": self.mask,
-            "OMP_NUM_THREADS": str(self.threads),
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerSettings:
-    """How Mosec listens and batches; ``folder`` is for its sockets."""
-
-    address: str
-    port: int
-    timeout_s: float
-    max_request_bytes: int
-    max_batch: int
-    max_wait_ms: int
-    folder: str
-    workers: list[WorkerSettings]
-
-    @classmethod
-    def read(cls, text: str) -> ServerSettings:
-        values = json.loads(text)
-        return cls(**values | {"workers": [WorkerSettings(**worker) for worker in values["workers"]]})
-
-    def mosec_arguments(self) -> list[str]:
-        """Each of Mosec's options that a variable of the environment would set otherwise, and then some."""
-        return [
-            *("--path", self.folder, "--address", self.address, "--port", str(self.port)),
-            *("--timeout", str(round(1000 * self.timeout_s)), "--capacity", str(QUEUE)),
-            *("--max-request-size", str(self.max_request_bytes)),
-            *("--namespace", "oatlite_oracle", "--log-level", "warning"),
-        ]
+from oatlite.oracles.server_settings import SETTINGS, TOKEN, ServerSettings, WorkerSettings
 
 
 class Gate(Worker):
@@ -119,7 +61,7 @@ class Gate(Worker):
         return data
 
     def serialize_ipc(self, data: bytes) -> bytes:
-        return data
+        return data  # and no pickle, which is Mosec's default
 
 
 class Scorer(Worker):
@@ -161,10 +103,10 @@ def load(settings: WorkerSettings) -> PreferenceOracle:
     """The oracle of a worker; a model has answered once. Raises ConfigError or OracleError."""
     options = OracleConfig.model_validate(settings.oracle)
     (name,) = options.path
-    if settings.device == "cpu" and kind_of(name) == "model":
-        import torch
+    if kind_of(name) == "model":
+        from transformers.utils import logging
 
-        torch.set_num_threads(settings.threads)
+        logging.disable_progress_bar()
     if settings.device == "auto":
         _check_splits(name)
     oracle = build_oracle(options.path, Config(oracle=options), device=settings.device)
@@ -255,11 +197,6 @@ def serve(settings: ServerSettings) -> None:
     )
     server.register_runtime({PATH: [gate, scorers], OLD_PATH: [gate, scorers]})
     server.run()
-
-
-def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """``inherited`` without Mosec's own settings, which would win over ours."""
-    return {name: value for name, value in inherited.items() if not name.startswith("MOSEC_")}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from oatlite.errors import (
 from oatlite.hardware import gpu_names, usable_cores
 from oatlite.launcher import LocalLauncher, Worker
 from oatlite.oracles.feedback import PATH
-from oatlite.oracles.server import TOKEN, ServerSettings, WorkerSettings, environment
+from oatlite.oracles.server_settings import TOKEN, ServerSettings, WorkerSettings, environment
 
 POLL_S = 0.1
 STOP_S = 10.0
@@ -84,7 +84,7 @@ def serve(options: ServeOptions, announce: Callable[[str], None]) -> int:
         settings = _settings(options, name, places, address, launcher.private_dir)
         process = subprocess.Popen(
             [sys.executable, "-m", "oatlite.oracles.server", f"/oatlite-{launcher.run_id}"],
-            env=environment(os.environ),
+            env=environment(os.environ) | {"TMPDIR": str(launcher.private_dir)},
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
@@ -97,11 +97,10 @@ def serve(options: ServeOptions, announce: Callable[[str], None]) -> int:
             workers = "1 worker" if len(places) == 1 else f"{len(places)} workers"
             announce(f"serving {name} at {url} with {workers}")
         while signals.exit_code is None:
-            if server.exit_code() is not None:
-                raise OracleError("the server has ended by itself", "see what it said above")
-            _raise_failure(launcher.private_dir)
+            _raise_failure(server, launcher.private_dir)
             time.sleep(POLL_S)
-        launcher.stop_all(STOP_S)
+        process.terminate()  # it alone: it then stops the others in good order
+        server.wait(STOP_S)
         return signals.exit_code
 
 
@@ -208,19 +207,22 @@ class _Signals:
 def _wait_until_ready(server: Worker, settings: ServerSettings, notes: Path, signals: _Signals) -> bool:
     """Whether all workers have their oracle, and HTTP answers; False when we were told to stop before."""
     while signals.exit_code is None:
-        _raise_failure(notes)
-        if server.exit_code() is not None:
-            raise OracleError("the server has ended before it answered", "see what it said above")
+        _raise_failure(server, notes)
         if len(list(notes.glob("ready-*"))) == len(settings.workers) and _answers(settings):
             return True
         time.sleep(POLL_S)
     return False
 
 
-def _raise_failure(notes: Path) -> None:
+def _raise_failure(server: Worker, notes: Path) -> None:
+    """What a worker left as the reason why it could not start, or that the server has ended."""
+    has_ended = server.exit_code() is not None
     for note in sorted(notes.glob("failed-*")):
+        server.signal(signal.SIGKILL)  # before Mosec remarks on it
         code, message, fix = json.loads(note.read_text())
         raise BY_EXIT_CODE[code](message, fix)
+    if has_ended:
+        raise OracleError("the server has ended by itself", "see what it said above")
 
 
 def _answers(settings: ServerSettings) -> bool:
