@@ -106,7 +106,9 @@ def serve(options: ServeOptions, announce: Callable[[str], None]) -> int:
 
 def place(options: ServeOptions, name: str, gpus: list[str]) -> list[Place]:
     """A place for each worker. Raises ConfigError for devices that are not here or do not go with each other."""
-    devices = options.devices or ("cpu" if kind_of(name) == "function" or not gpus else None)
+    devices = options.devices
+    if devices is None and (kind_of(name) == "function" or not gpus):
+        devices = "cpu"
     if devices == "cpu":
         if options.devices_per_worker > 1:
             raise ConfigError("a CPU is one device, and --devices-per-worker asks for more", "leave it out")

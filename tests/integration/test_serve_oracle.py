@@ -28,6 +28,7 @@ from runs import ENVIRONMENT, OATLITE, Inputs, Run, leftovers, train
 
 from oatlite.config.schema import RemoteConfig
 from oatlite.errors import OracleError
+from oatlite.oracles.calls import MAX_BAD_ANSWERS
 from oatlite.oracles.remote import RemoteOracle
 from oatlite.oracles.reward_model import RewardModelOracle
 
@@ -250,6 +251,8 @@ def test_a_run_whose_server_turns_bad_ends_with_6_and_trains_on_none_of_it(llama
     assert run.exit_code == 6, run.output
     last = run.output.strip().splitlines()[-1]
     assert f"the oracle server at {turning.url}/get_feedback gives an answer that cannot be used" in last
+    assert len(turning.requests) == 3 + MAX_BAD_ANSWERS
+    assert [record["step"] for record in run.records("eval")] == [0]
     assert run.records("step") == []
     assert not (run.folder / "samples.jsonl").exists() or not (run.folder / "samples.jsonl").read_text()
     assert within(30, lambda: not leftovers(run.folder)), leftovers(run.folder)
@@ -274,15 +277,6 @@ def test_sigterm_lets_requests_end_and_leaves_nothing(llama: Inputs, tmp_path: P
         assert served.errors.read_text() == ""
 
 
-def test_a_killed_server_leaves_nothing(llama: Inputs, tmp_path: Path) -> None:
-    before = semaphores()
-    with server(tmp_path / "one", llama.reward_model) as served:
-        pids = served.pids()
-        served.process.kill()
-        assert within(10, lambda: ended(pids - {served.process.pid}))
-        assert within(5, lambda: not list(served.temporary.iterdir()) and semaphores() == before)
-
-
 def test_ctrl_c_while_it_loads(llama: Inputs, tmp_path: Path) -> None:
     with server(tmp_path / "one", llama.reward_model, wait=False) as served:
         assert within(START_S, lambda: bool(list(served.temporary.glob("oatlite-*/mosec"))))
@@ -303,3 +297,11 @@ def test_what_cannot_be_served_is_one_line(llama: Inputs, tmp_path: Path) -> Non
         assert said.startswith("oatlite: error: ") and said.count("\n") == 1
         assert f"{broken} is LlamaForCausalLM: it has no classification head" in said
         assert list(served.temporary.iterdir()) == []
+
+
+def test_a_killed_server_leaves_nothing(served: Served) -> None:  # the last one that needs it
+    pids = served.pids()
+    assert semaphores() and list(served.temporary.iterdir())
+    served.process.kill()
+    assert within(10, lambda: ended(pids - {served.process.pid}))
+    assert within(5, lambda: not list(served.temporary.iterdir()) and not semaphores())
