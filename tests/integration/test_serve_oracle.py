@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -47,6 +47,11 @@ class Served:
     line: str
     temporary: Path
     errors: Path
+    before: set[Path]
+
+    def semaphores(self) -> set[Path]:
+        """Those made since its start."""
+        return semaphores() - self.before
 
     def pids(self) -> set[int]:
         """Of the process and all that it started, and they in turn."""
@@ -81,13 +86,14 @@ def server(folder: Path, model: object, *more: str, token: str = "", wait: bool 
     folder.mkdir()
     # Sockets go elsewhere where the default folder for temporary files has a long name.
     temporary, errors, port = Path(tempfile.mkdtemp(prefix="os-")), folder / "errors", free_port()
+    before = semaphores()
     environment = ENVIRONMENT | {"TMPDIR": str(temporary), "OATLITE_ORACLE_TOKEN": token}
     command = [str(OATLITE), "serve-oracle", "--model", str(model), "--devices", "cpu", "--port", str(port), *more]
     with errors.open("w") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True
         )
-    served = Served(process, f"http://127.0.0.1:{port}", "", temporary, errors)
+    served = Served(process, f"http://127.0.0.1:{port}", "", temporary, errors, before)
     pids = {process.pid}
     try:
         if wait:
@@ -97,7 +103,7 @@ def server(folder: Path, model: object, *more: str, token: str = "", wait: bool 
             line = process.stdout.readline()
             watchdog.cancel()
             assert line, errors.read_text()
-            served = Served(process, served.url, line.rstrip("\n"), temporary, errors)
+            served = replace(served, line=line.rstrip("\n"))
             pids = served.pids()
         yield served
     finally:
@@ -259,10 +265,9 @@ def test_a_run_whose_server_turns_bad_ends_with_6_and_trains_on_none_of_it(llama
 
 
 def test_sigterm_lets_requests_end_and_leaves_nothing(llama: Inputs, tmp_path: Path) -> None:
-    before = semaphores()
     with server(tmp_path / "one", llama.reward_model) as served, ThreadPoolExecutor(1) as pool:
         pids = served.pids()
-        assert len(pids) >= 5 and semaphores() > before
+        assert len(pids) >= 5 and served.semaphores()
         body = preference_body(PROMPTS * 40, FIRST * 40, SECOND * 40)
         answer = pool.submit(httpx.post, f"{served.url}/get_feedback", content=body, timeout=30)
         time.sleep(0.1)
@@ -271,7 +276,7 @@ def test_sigterm_lets_requests_end_and_leaves_nothing(llama: Inputs, tmp_path: P
         assert served.process.wait(END_S) == 143
         assert within(1, lambda: ended(pids))
         assert list(served.temporary.iterdir()) == []
-        assert semaphores() == before
+        assert not served.semaphores()
         with pytest.raises(httpx.ConnectError):
             httpx.get(served.url)
         assert served.errors.read_text() == ""
@@ -301,7 +306,7 @@ def test_what_cannot_be_served_is_one_line(llama: Inputs, tmp_path: Path) -> Non
 
 def test_a_killed_server_leaves_nothing(served: Served) -> None:  # the last one that needs it
     pids = served.pids()
-    assert semaphores() and list(served.temporary.iterdir())
+    assert served.semaphores() and list(served.temporary.iterdir())
     served.process.kill()
     assert within(10, lambda: ended(pids - {served.process.pid}))
-    assert within(5, lambda: not list(served.temporary.iterdir()) and not semaphores())
+    assert within(5, lambda: not list(served.temporary.iterdir()) and not served.semaphores())
