@@ -80,8 +80,18 @@ class RemoteOracle(PreferenceOracle):
 
 
 def feedback_url(url: str) -> str:
-    """``url``, with oat's path where it has none."""
-    parts = urlsplit(url)
+    """``url``, with oat's path where it has none. Raises ConfigError for what is no address, or holds a password."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise ConfigError(f"remote.url = {url} is no web address", "type --oracle-url http://HOST:PORT")
+    if parts.username is not None:
+        raise ConfigError(
+            "remote.url holds a name or a password, which would be in logs", "type it without what is before the @"
+        )
     return url if parts.path.strip("/") else urlunsplit(parts._replace(path=PATH))
 
 

@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LAST_WORDS_S = 10.0
+"""An oracle gives up at the deadline, and then has so long to say why."""
+
 
 def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     """Load, meet the other ranks and the actors, run the loop, write the final policy."""
@@ -258,7 +261,7 @@ def _connect(
         Deadlines(
             start_s=timeouts.start_s,
             generate_s=timeouts.generate_s,
-            oracle_s=timeouts.oracle_s,
+            oracle_s=timeouts.oracle_s + LAST_WORDS_S,
             sync_s=timeouts.sync_s,
         ),
         WeightExporter(layout, buffer),

@@ -22,7 +22,7 @@ import httpx
 import msgpack
 import numpy as np
 import pytest
-from misbehaving import sends, serving
+from misbehaving import hangs, sends, serving
 from oats_feedback import old_preference_body, preference_body, read_scores, read_win_probs, reward_body
 from runs import ENVIRONMENT, OATLITE, Inputs, Run, leftovers, train
 
@@ -244,20 +244,25 @@ def train_remote(llama: Inputs, folder: Path, *more: str) -> Run:
     return train(Inputs(llama.policy, Path("remote"), llama.prompts, llama.preferences), folder, *more)
 
 
-def test_a_run_whose_server_turns_bad_ends_with_6_and_trains_on_none_of_it(llama: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("turn", "words"), [("nan", "gives an answer that cannot be used"), ("silent", "gave no answer within")]
+)
+def test_a_run_whose_server_turns_bad_ends_with_6_and_trains_on_none_of_it(
+    turn: str, words: str, llama: Inputs, tmp_path: Path
+) -> None:
     def win_probs(body: bytes) -> list[float]:
         return [float(len(first) > len(second)) for first, second in msgpack.unpackb(body)["batch_candidates"]]
 
     good = sends(lambda body: msgpack.packb({"batch_score": [], "batch_first_win_prob": win_probs(body)}))
     bad = sends(lambda body: msgpack.packb({"batch_first_win_prob": [*win_probs(body)[:-1], float("nan")]}))
     # Sound are the answers to the trial before the run, at the first evaluation, and half of those in the first step.
-    with serving(*[good] * 3, bad) as turning:
-        settings = ("--set", "remote.batch_size=8", "--set", "timeouts.oracle_s=10", "--set", "remote.concurrency=1")
+    with serving(*[good] * 3, bad if turn == "nan" else hangs) as turning:
+        settings = ("--set", "remote.batch_size=8", "--set", "timeouts.oracle_s=4", "--set", "remote.concurrency=1")
         run = train_remote(llama, tmp_path / "bad", "--oracle-url", turning.url, *settings)
     assert run.exit_code == 6, run.output
     last = run.output.strip().splitlines()[-1]
-    assert f"the oracle server at {turning.url}/get_feedback gives an answer that cannot be used" in last
-    assert len(turning.requests) == 3 + MAX_BAD_ANSWERS
+    assert f"the oracle server at {turning.url}/get_feedback {words}" in last
+    assert len(turning.requests) == 3 + (MAX_BAD_ANSWERS if turn == "nan" else 1)
     assert [record["step"] for record in run.records("eval")] == [0]
     assert run.records("step") == []
     assert not (run.folder / "samples.jsonl").exists() or not (run.folder / "samples.jsonl").read_text()

@@ -19,7 +19,7 @@ from oatlite.errors import ConfigError, OracleError
 from oatlite.oracles import calls, checked
 from oatlite.oracles.remote import RemoteOracle, feedback_url
 
-TOKEN = "a-secret-of-the-server"
+TOKEN = "A-Secret-of-the-Server"
 PAIRS = (["p", "q"], ["first", "one"], ["second", "other"])
 
 
@@ -117,6 +117,18 @@ def test_without_a_token_or_references_neither_is_sent(monkeypatch):
 )
 def test_the_path_is_oats_unless_the_url_has_one(url, asked):
     assert feedback_url(url) == asked
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://h:99999", "http://h:port", "ftp://h", "h:8000", "http://:8000"])
+def test_what_is_no_address_is_refused(url):
+    with pytest.raises(ConfigError, match="is no web address; type --oracle-url"):
+        oracle(url)
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated():
+    with pytest.raises(ConfigError, match="before the @") as error:
+        oracle("http://me:hunter2@h:8000")
+    assert "hunter2" not in repr(error.value)
 
 
 def test_a_url_is_needed():
