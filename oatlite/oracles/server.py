@@ -16,6 +16,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,27 @@ from oatlite.oracles.feedback import (
     encode_scores,
     encode_verdicts,
 )
-from oatlite.oracles.server_settings import SETTINGS, TOKEN, ServerSettings, WorkerSettings
+from oatlite.oracles.server_settings import (
+    FAILED,
+    NOTES,
+    READY,
+    SCORES,
+    SETTINGS,
+    TOKEN,
+    ServerSettings,
+    WorkerSettings,
+)
 
 
 class Gate(Worker):
-    """Lets well-formed requests with the right token through, one at a time."""
+    """Lets well-formed requests through, one at a time, that have the right token and ask for what can be answered."""
 
     resp_mime_type = "application/msgpack"
 
     def __init__(self) -> None:
         super().__init__()
         self._token = os.environ.get(TOKEN, "")
+        self._notes = Path(os.environ[NOTES])
 
     def deserialize(self, data: bytes) -> bytes:
         """``data`` itself, known to be a request. Raises what Mosec answers with 422 and 400."""
@@ -55,7 +66,14 @@ class Gate(Worker):
             raise ValidationError(str(error)) from None
         if self._token and not hmac.compare_digest((request.token or "").encode(), self._token.encode()):
             raise ClientError("the token is missing or wrong")
+        if request.responses and not self._can_score:
+            raise ValidationError("this oracle only compares; ask with batch_candidates")
         return data
+
+    @cached_property
+    def _can_score(self) -> bool:
+        """As a worker noted when it was ready; before, no request comes here."""
+        return next(self._notes.glob(f"{READY}*")).read_text() == SCORES
 
     def forward(self, data: bytes) -> bytes:
         return data
@@ -76,20 +94,23 @@ class Scorer(Worker):
         try:
             self._oracle = load(settings)
         except OatliteError as error:
-            _leave(notes / f"failed-{settings.index}", json.dumps([error.exit_code, error.message, error.fix]))
+            _leave(notes / f"{FAILED}{settings.index}", json.dumps([error.exit_code, error.message, error.fix]))
             sys.exit(1)
         except Exception as error:  # told in one line by whoever started us, and here in full
             traceback.print_exc()
             why = f"a worker failed at its start: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            _leave(notes / f"failed-{settings.index}", json.dumps([OracleError.exit_code, why, ""]))
+            _leave(notes / f"{FAILED}{settings.index}", json.dumps([OracleError.exit_code, why, ""]))
             sys.exit(1)
-        _leave(notes / f"ready-{settings.index}", "")
+        _leave(notes / f"{READY}{settings.index}", SCORES if isinstance(self._oracle, RewardOracle) else "compares")
 
     def deserialize_ipc(self, data: bytes) -> Request:
         return decode_request(data)
 
     def forward(self, data: Any) -> Any:
-        """The answers to a list of requests, or to one where Mosec makes no batches."""
+        """The answers to a list of requests, or to one where Mosec makes no batches.
+
+        An oracle that raises fails them all, and their clients ask again.
+        """
         try:
             return answers(self._oracle, data) if isinstance(data, list) else answers(self._oracle, [data])[0]
         except OracleError as error:
@@ -125,7 +146,7 @@ def _check_splits(name: str) -> None:
 def answers(oracle: PreferenceOracle, requests: Sequence[Request]) -> list[bytes]:
     """An answer to each request; those that ask alike are put to the oracle together.
 
-    Raises mosec's ValidationError where rewards are asked of an oracle that only compares, OracleError as it does.
+    Raises OracleError as the oracle does.
     """
     found: list[bytes] = [b""] * len(requests)
     groups: dict[tuple[bool, bool], list[int]] = {}
@@ -153,8 +174,7 @@ def _verdicts(oracle: PreferenceOracle, requests: Sequence[Request]) -> list[byt
 
 
 def _scores(oracle: PreferenceOracle, requests: Sequence[Request]) -> list[bytes]:
-    if not isinstance(oracle, RewardOracle):
-        raise ValidationError("this oracle only compares; ask with batch_candidates")
+    assert isinstance(oracle, RewardOracle), "the gate lets nobody else ask for scores"
     responses = _all(requests, lambda request: request.responses)
     scores = oracle.score(_all(requests, lambda request: request.prompts), responses, _references(requests))
     return [encode_scores(np.asarray(scores, np.float32)[part]) for part in _parts(requests)]
@@ -186,7 +206,7 @@ def serve(settings: ServerSettings) -> None:
     """Until SIGTERM, or until Mosec gives up."""
     sys.argv[1:] = settings.mosec_arguments()
     server = Server()
-    gate = Runtime(Gate, num=1, env=[{"CUDA_VISIBLE_DEVICES": ""}])
+    gate = Runtime(Gate, num=1, env=[{"CUDA_VISIBLE_DEVICES": "", NOTES: settings.workers[0].notes}])
     scorers = Runtime(
         Scorer,
         num=len(settings.workers),

@@ -11,7 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SETTINGS = "OATLITE_SERVER_SETTINGS"
+NOTES = "OATLITE_SERVER_NOTES"
 TOKEN = "OATLITE_ORACLE_TOKEN"
+READY, FAILED, SCORES = "ready-", "failed-", "scores"
+"""Notes of workers, each with the worker's index after it, and what is in that of one whose oracle gives rewards."""
+
 QUEUE = 1024
 """More requests than these at once are told 429."""
 

@@ -29,7 +29,7 @@ from oatlite.errors import (
 from oatlite.hardware import gpu_names, usable_cores
 from oatlite.launcher import LocalLauncher, Worker
 from oatlite.oracles.feedback import PATH
-from oatlite.oracles.server_settings import TOKEN, ServerSettings, WorkerSettings, environment
+from oatlite.oracles.server_settings import FAILED, READY, TOKEN, ServerSettings, WorkerSettings, environment
 
 POLL_S = 0.1
 STOP_S = 10.0
@@ -210,7 +210,7 @@ def _wait_until_ready(server: Worker, settings: ServerSettings, notes: Path, sig
     """Whether all workers have their oracle, and HTTP answers; False when we were told to stop before."""
     while signals.exit_code is None:
         _raise_failure(server, notes)
-        if len(list(notes.glob("ready-*"))) == len(settings.workers) and _answers(settings):
+        if len(list(notes.glob(f"{READY}*"))) == len(settings.workers) and _answers(settings):
             return True
         time.sleep(POLL_S)
     return False
@@ -219,7 +219,7 @@ def _wait_until_ready(server: Worker, settings: ServerSettings, notes: Path, sig
 def _raise_failure(server: Worker, notes: Path) -> None:
     """What a worker left as the reason why it could not start, or that the server has ended."""
     has_ended = server.exit_code() is not None
-    for note in sorted(notes.glob("failed-*")):
+    for note in sorted(notes.glob(f"{FAILED}*")):
         server.signal(signal.SIGKILL)  # before Mosec remarks on it
         code, message, fix = json.loads(note.read_text())
         raise BY_EXIT_CODE[code](message, fix)

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mosec import ClientError, ValidationError
 
@@ -38,6 +38,15 @@ from oatlite.oracles.remote import RemoteOracle
 from oatlite.oracles.server import Gate, answers
 
 texts = st.lists(st.text(max_size=20), max_size=5)
+
+
+@pytest.fixture(autouse=True)
+def notes(tmp_path, monkeypatch):
+    """Where a worker has noted that it is ready, and scores."""
+    (tmp_path / "ready-1").write_text("scores")
+    monkeypatch.setenv("OATLITE_SERVER_NOTES", str(tmp_path))
+    monkeypatch.delenv("OATLITE_ORACLE_TOKEN", raising=False)
+    return tmp_path
 
 
 def score(prompt, response):
@@ -121,7 +130,8 @@ def test_references_reach_an_oracle_that_reads_them():
     assert oracle.references == [["the answer"] * 2, None]
 
 
-def test_an_oracle_that_only_compares_refuses_to_score():
+def test_an_oracle_that_only_compares_refuses_to_score(notes):
+    (notes / "ready-1").write_text("compares")
     (answer,) = asked(FirstWins(), preference_body(["p"], ["a"], ["b"]))
     assert read_win_probs(answer) == [1.0]
     assert "batch_first_score" not in msgpack.unpackb(answer)
@@ -159,7 +169,7 @@ def test_a_malformed_request_stops_at_the_gate(body):
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_comes_is_a_message_or_refused(body):
     for read in (decode_request, lambda data: decode_verdicts(data, 2)):
         with contextlib.suppress(BadMessage):  # and nothing else
@@ -197,7 +207,7 @@ def test_our_client_reads_oats_server():
 
 
 @given(st.lists(st.tuples(st.text(max_size=9), st.text(max_size=9), st.text(max_size=9)), max_size=6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_our_client_reads_is_what_the_oracle_said(rows):
     columns = [list(column) for column in zip(*rows, strict=True)] or [[], [], []]
     (answer,) = asked(SineOracle(), encode_comparison(*columns))

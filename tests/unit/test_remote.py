@@ -314,6 +314,11 @@ def test_a_bomb_takes_no_memory(bomb):
         assert highest[0] - before < 16
 
 
+def test_an_encoded_answer_is_not_decoded():
+    with serving(sends(gzip.compress(answer([0.5, 0.5])), Content_Encoding="gzip")) as server:
+        assert "answers in the encoding gzip, which was not asked for" in failure(server.url)
+
+
 def test_an_answer_in_single_bytes_is_put_together():
     def crumbs(handler):
         handler.send_response(200)
