@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8, help="of one request")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    print(machine())
+    load = os.getloadavg()[0]
+    print(f"{machine()}, {load:.1f} processes at work before")
     model = str(ensure_demo().reward_model)
     pairs = make_pairs(4096)
     served = measure_server(model, pairs, options)
@@ -58,7 +59,7 @@ def main() -> None:
     for name, slope in served["memory_slope_mib_per_min"].items():
         print(f"{name:<10} {served['memory_mib'][name]:8.0f} MiB, {slope:+.2f} MiB/min")
     print(f"{served['requests']} requests, {served['failures']} failed")
-    print(save("oracle_server", options=vars(options), server=served, in_process=alone))
+    print(save("oracle_server", options=vars(options), load_before=load, server=served, in_process=alone))
 
 
 def make_pairs(num: int) -> Pairs:
