@@ -46,12 +46,19 @@ def _bandit() -> Command:
     return bandit
 
 
+def _serve_oracle() -> Command:
+    from .serve_oracle import serve_oracle
+
+    return serve_oracle
+
+
 COMMANDS: dict[str, tuple[Callable[[], Command], str]] = {
     "train": (_train, "Align a policy online: sample, compare, learn, sync."),
     "resume": (_resume, "Go on with a stopped run from its last checkpoint."),
     "sft": (_sft, "Train a policy on prompts and reference answers, on conversations or on plain text."),
     "reward-model": (_reward_model, "Train a reward model on preferences (Bradley-Terry)."),
     "bandit": (_bandit, "Numerical experiments without a language model, in seconds."),
+    "serve-oracle": (_serve_oracle, "Serve an oracle over HTTP, to oatlite and to oat."),
 }
 """Each command's function, imported when it is asked for, and the line that stands for it in ``oatlite --help``."""
 

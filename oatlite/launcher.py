@@ -89,6 +89,10 @@ class LocalLauncher:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        return self.adopt(process, log)
+
+    def adopt(self, process: subprocess.Popen[bytes], log: Path) -> Worker:
+        """Watch and stop a process that was just started, in a session of its own, with output to ``log``."""
         worker = Worker(process, log)
         self._workers.append(worker)
         self._started.append(worker.pid)

@@ -35,6 +35,15 @@ class Verdicts:
     def __len__(self) -> int:
         return len(self.first_win)
 
+    def part(self, pairs: slice) -> Verdicts:
+        """The verdicts on some of the pairs."""
+        return Verdicts(
+            first_win=self.first_win[pairs],
+            is_valid=self.is_valid[pairs],
+            first_scores=None if self.first_scores is None else self.first_scores[pairs],
+            second_scores=None if self.second_scores is None else self.second_scores[pairs],
+        )
+
 
 class PreferenceOracle(ABC):
     """Says which of two responses to a prompt is better.

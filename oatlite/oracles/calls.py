@@ -30,6 +30,7 @@ SPENT = "insufficient_quota"
 """In a 429 of OpenAI's: the account has no money left, which no pause mends."""
 MAX_SHOWN = 200
 MASK = "***"
+IDENTITY = "identity"
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each request
 
@@ -87,7 +88,7 @@ class Caller:
         self._secrets = [secret for secret in secrets if secret]
         self._runner = asyncio.Runner()
         self._client: httpx.AsyncClient | None = None
-        self._headers = {"Accept-Encoding": "identity", **(headers or {})}
+        self._headers = {"Accept-Encoding": IDENTITY, **(headers or {})}
         self._not_before = 0.0
 
     def ask_all(
@@ -181,8 +182,7 @@ class Caller:
 
     async def _wait_as_told(self, deadline: float) -> None:
         """Until the pause that the server asked for is over, for all requests."""
-        left_s = self._not_before - time.monotonic()
-        if left_s > 0:
+        while (left_s := self._not_before - time.monotonic()) > 0:
             if self._not_before >= deadline:
                 raise self._error(f"asks to wait {left_s:.0f} s, which is past the deadline")
             await asyncio.sleep(left_s)
@@ -202,7 +202,7 @@ class Caller:
             raise _Failed(f"cannot be reached: {type(error).__name__} {self.without_secrets(str(error))}") from None
 
     async def _read(self, response: httpx.Response) -> bytes:
-        if _encoding(response) != "identity":
+        if _encoding(response).lower() != IDENTITY:
             raise BadAnswer(f"answers in the encoding {_encoding(response)[:MAX_SHOWN]}, which was not asked for")
         answer = bytearray()  # not a list of parts: an answer may come byte by byte
         async for part in response.aiter_raw():
@@ -219,7 +219,8 @@ class Caller:
         why = f"answers {code} {self.without_secrets(beginning)[:MAX_SHOWN]}".rstrip()
         if code not in AGAIN or SPENT in beginning:
             return _Refused(code, beginning, self._error(why))
-        return _Failed(why, _retry_after(response.headers.get("retry-after")))
+        pause_s = _retry_after(response.headers.get("retry-after"))
+        return _Failed(why if pause_s is None else f"{why} and asks to wait {pause_s:.0f} s", pause_s)
 
     def _error(self, why: str) -> OracleError:
         return OracleError(f"{self.what} at {self.url} {why}")
@@ -234,13 +235,13 @@ def is_on_this_machine(url: str) -> bool:
 
 
 def _encoding(response: httpx.Response) -> str:
-    return response.headers.get("content-encoding", "").strip().lower() or "identity"
+    return response.headers.get("content-encoding", "").strip() or IDENTITY
 
 
 async def _beginning(response: httpx.Response) -> str:
     """The first words of an answer that is an error, on one line; of one that is encoded, none."""
     answer = bytearray()
-    if _encoding(response) == "identity":
+    if _encoding(response).lower() == IDENTITY:
         async for part in response.aiter_raw():
             answer += part
             if len(answer) > 4 * MAX_SHOWN:

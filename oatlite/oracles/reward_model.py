@@ -67,7 +67,8 @@ def pooled_states(backbone: Any, input_ids: Tensor, attention_mask: Tensor, *, i
     more = {"use_cache": False} if is_decoder else {}
     hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
     rows = torch.arange(len(input_ids), device=hidden.device)
-    return hidden[rows, attention_mask.sum(dim=1) - 1 if is_decoder else torch.zeros_like(rows)]
+    last = (attention_mask.sum(dim=1) - 1).to(hidden.device)
+    return hidden[rows, last if is_decoder else torch.zeros_like(rows)]
 
 
 class PrefixScores(nn.Module):
@@ -88,7 +89,7 @@ class PrefixScores(nn.Module):
 
     def states(self, pairs: Sequence[TokenPair], layout: LayoutName) -> Tensor:
         """The hidden states (2 * B, D) that those rewards are read from."""
-        device = self.model.score.weight.device
+        device = self.model.get_input_embeddings().weight.device
         batch = lay_out(pairs, layout, 0, device)
         mask = batch.attention_mask.to(self.model.dtype) if layout != "plain" else batch.attention_mask
         hidden = self.model.base_model(
@@ -134,6 +135,7 @@ class RewardModelOracle(RewardOracle):
     ``max_tokens`` (or the model's own limit, if that is lower) counts prompt, response and EOS: what is longer gets
     NaN. ``dtype`` "auto" is bfloat16 on a GPU and float32 on a CPU. ``chat_template`` wraps prompt and response in
     the template of the reward model's own tokenizer; a prompt that is a JSON list of messages is a conversation.
+    ``device`` "auto" splits the model over all GPUs that are visible.
 
     Raises ConfigError when the model cannot be loaded or lacks its head or its template.
     """
@@ -155,14 +157,20 @@ class RewardModelOracle(RewardOracle):
         self.chat_template = chat_template
         self.max_tokens = min(max_tokens, limit) if limit else max_tokens
         self.batch_tokens = batch_tokens
-        self.device = torch.device(device)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         if chat_template and getattr(self.tokenizer, "chat_template", None) is None:
             raise ConfigError(
                 f"the tokenizer of the reward model {path} has no chat template", "oracle.chat_template = false"
             )
-        model = _load_model(path, torch_dtype(dtype, self.device), trust_remote_code=trust_remote_code)
-        self.model = model.to(self.device)
+        place = torch.device("cuda" if device == "auto" else device)
+        model = _load_model(
+            path,
+            torch_dtype(dtype, place),
+            trust_remote_code=trust_remote_code,
+            device_map="auto" if device == "auto" else None,
+        )
+        self.model = model if device == "auto" else model.to(place)
+        self.device = self.model.get_input_embeddings().weight.device
         self._prefix_scores: PrefixScores | None = None
         self._layout: LayoutName = "plain"
         if hasattr(self.model, "score"):
@@ -263,12 +271,17 @@ def _with_prefix(sequences: Sequence[Sequence[int]]) -> TokenPair:
     return TokenPair(prompt=first[:length], chosen=first[length:], rejected=second[length:])
 
 
-def _load_model(path: str, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
+def _load_model(path: str, dtype: torch.dtype, *, trust_remote_code: bool, device_map: str | None = None) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=dtype, num_labels=1, trust_remote_code=trust_remote_code, output_loading_info=True
+            path,
+            dtype=dtype,
+            num_labels=1,
+            trust_remote_code=trust_remote_code,
+            device_map=device_map,
+            output_loading_info=True,
         )
     except Exception as error:  # torn weights, a dtype or an architecture that this version cannot load
         raise ConfigError(f"the reward model {path} cannot be loaded: {first_line(error)}", TRAIN_ONE) from error

@@ -68,7 +68,14 @@ MAY_LOAD: dict[str, frozenset[str]] = {
     "oatlite_cli": frozenset(),
 }
 
-ONLY_IN = {"zmq": "transport", "vllm": "engine", "deepspeed": "trainer", "wandb": "metrics", "trl": "finetuning"}
+ONLY_IN = {
+    "zmq": "transport",
+    "vllm": "engine",
+    "deepspeed": "trainer",
+    "wandb": "metrics",
+    "trl": "finetuning",
+    "mosec": "oracles",
+}
 ADAPTERS = frozenset({"transport", "weights", "engine", "trainer", "checkpoint", "metrics", "oracles", "data"})
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),

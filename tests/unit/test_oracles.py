@@ -270,3 +270,12 @@ def test_build_oracle_loads_what_the_configuration_names(tmp_path):
     assert build_oracle([path], halved, device="cpu").model.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match=r"oracle\.path"):
         build_oracle([], Config(), device="cpu")
+
+
+def test_a_model_that_accelerate_places_scores_the_same(tmp_path):
+    path = save_model(tmp_path / "model", reward=True)
+    whole, placed = (
+        RewardModelOracle(path, dtype="float32", device=device).score(["p", "p"], ["one", "another"])
+        for device in ("cpu", "auto")
+    )
+    np.testing.assert_allclose(placed, whole, rtol=1e-6)

@@ -1,0 +1,225 @@
+"""The process behind ``oatlite serve-oracle``: Mosec with a gate, which reads requests, and workers, which answer.
+
+Mosec gives all requests of a dynamic batch one status, so what is wrong with one of them must be found before they
+are put together: that is the gate's work. They are processes, and a request goes from one to another as it came.
+
+Mosec's processes get their settings by environment variables, and its HTTP half shows no header to them: the token
+is a field of the message.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mosec import ClientError, Runtime, Server, ServerError, ValidationError, Worker
+
+from oatlite.config.oracle_names import kind_of
+from oatlite.config.schema import Config, OracleConfig
+from oatlite.errors import ConfigError, OatliteError, OracleError
+from oatlite.oracles import PreferenceOracle, RewardOracle, build_oracle, checked
+from oatlite.oracles.feedback import (
+    OLD_PATH,
+    PATH,
+    BadMessage,
+    Request,
+    decode_request,
+    encode_scores,
+    encode_verdicts,
+)
+from oatlite.oracles.server_settings import (
+    FAILED,
+    NOTES,
+    READY,
+    SCORES,
+    SETTINGS,
+    TOKEN,
+    ServerSettings,
+    WorkerSettings,
+)
+
+
+class Gate(Worker):
+    """Lets well-formed requests through, one at a time, that have the right token and ask for what can be answered."""
+
+    resp_mime_type = "application/msgpack"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._token = os.environ.get(TOKEN, "")
+        self._notes = Path(os.environ[NOTES])
+
+    def deserialize(self, data: bytes) -> bytes:
+        """``data`` itself, known to be a request. Raises what Mosec answers with 422 and 400."""
+        try:
+            request = decode_request(data)
+        except BadMessage as error:
+            raise ValidationError(str(error)) from None
+        if self._token and not hmac.compare_digest((request.token or "").encode(), self._token.encode()):
+            raise ClientError("the token is missing or wrong")
+        if request.responses and not self._can_score:
+            raise ValidationError("this oracle only compares; ask with batch_candidates")
+        return data
+
+    @cached_property
+    def _can_score(self) -> bool:
+        """As a worker noted when it was ready; before, no request comes here."""
+        return next(self._notes.glob(f"{READY}*")).read_text() == SCORES
+
+    def forward(self, data: bytes) -> bytes:
+        return data
+
+    def serialize_ipc(self, data: bytes) -> bytes:
+        return data  # and no pickle, which is Mosec's default
+
+
+class Scorer(Worker):
+    """Answers requests that the gate let through, several at a time as one batch for the oracle."""
+
+    resp_mime_type = "application/msgpack"
+
+    def __init__(self) -> None:
+        super().__init__()
+        settings = WorkerSettings(**json.loads(os.environ[SETTINGS]))
+        notes = Path(settings.notes)
+        try:
+            self._oracle = load(settings)
+        except OatliteError as error:
+            _leave(notes / f"{FAILED}{settings.index}", json.dumps([error.exit_code, error.message, error.fix]))
+            sys.exit(1)
+        except Exception as error:  # told in one line by whoever started us, and here in full
+            traceback.print_exc()
+            why = f"a worker failed at its start: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            _leave(notes / f"{FAILED}{settings.index}", json.dumps([OracleError.exit_code, why, ""]))
+            sys.exit(1)
+        _leave(notes / f"{READY}{settings.index}", SCORES if isinstance(self._oracle, RewardOracle) else "compares")
+
+    def deserialize_ipc(self, data: bytes) -> Request:
+        return decode_request(data)
+
+    def forward(self, data: Any) -> Any:
+        """The answers to a list of requests, or to one where Mosec makes no batches.
+
+        An oracle that raises fails them all, and their clients ask again.
+        """
+        try:
+            return answers(self._oracle, data) if isinstance(data, list) else answers(self._oracle, [data])[0]
+        except OracleError as error:
+            raise ServerError(str(error)) from error
+
+    def serialize(self, data: bytes) -> bytes:
+        return data
+
+
+def load(settings: WorkerSettings) -> PreferenceOracle:
+    """The oracle of a worker; a model has answered once. Raises ConfigError or OracleError."""
+    options = OracleConfig.model_validate(settings.oracle)
+    (name,) = options.path
+    if kind_of(name) == "model":
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    if settings.device == "auto":
+        _check_splits(name)
+    oracle = build_oracle(options.path, Config(oracle=options), device=settings.device)
+    if kind_of(name) == "model":
+        checked(oracle.compare(["Which one?"], ["This one."], ["That one."]), 1)
+    return oracle
+
+
+def _check_splits(name: str) -> None:
+    from oatlite.oracles.loading import is_pairrm, read_config
+
+    if kind_of(name) != "model" or is_pairrm(read_config(name)):
+        raise ConfigError(f"{name} is no model that is split over devices", "leave --devices-per-worker out")
+
+
+def answers(oracle: PreferenceOracle, requests: Sequence[Request]) -> list[bytes]:
+    """An answer to each request; those that ask alike are put to the oracle together.
+
+    Raises OracleError as the oracle does.
+    """
+    found: list[bytes] = [b""] * len(requests)
+    groups: dict[tuple[bool, bool], list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault((bool(request.responses), request.references is not None), []).append(i)
+    for (is_for_scores, _), members in groups.items():
+        answer = _scores if is_for_scores else _verdicts
+        for i, body in zip(members, answer(oracle, [requests[i] for i in members]), strict=True):
+            found[i] = body
+    return found
+
+
+def _verdicts(oracle: PreferenceOracle, requests: Sequence[Request]) -> list[bytes]:
+    pairs = [pair for request in requests for pair in request.candidates]
+    verdicts = checked(
+        oracle.compare(
+            _all(requests, lambda request: request.prompts),
+            [first for first, _ in pairs],
+            [second for _, second in pairs],
+            _references(requests),
+        ),
+        len(pairs),
+    )
+    return [encode_verdicts(verdicts.part(part)) for part in _parts(requests)]
+
+
+def _scores(oracle: PreferenceOracle, requests: Sequence[Request]) -> list[bytes]:
+    assert isinstance(oracle, RewardOracle), "the gate lets nobody else ask for scores"
+    responses = _all(requests, lambda request: request.responses)
+    scores = oracle.score(_all(requests, lambda request: request.prompts), responses, _references(requests))
+    return [encode_scores(np.asarray(scores, np.float32)[part]) for part in _parts(requests)]
+
+
+def _references(requests: Sequence[Request]) -> list[str] | None:
+    if any(request.references is None for request in requests):
+        return None
+    return _all(requests, lambda request: request.references or [])
+
+
+def _all(requests: Sequence[Request], texts: Callable[[Request], list[str]]) -> list[str]:
+    return [text for request in requests for text in texts(request)]
+
+
+def _parts(requests: Sequence[Request]) -> list[slice]:
+    ends = np.cumsum([len(request) for request in requests]).tolist()
+    return [slice(end - len(request), end) for end, request in zip(ends, requests, strict=True)]
+
+
+def _leave(note: Path, text: str) -> None:
+    """Whole or not at all."""
+    unfinished = note.with_name(f".{note.name}")
+    unfinished.write_text(text)
+    unfinished.rename(note)
+
+
+def serve(settings: ServerSettings) -> None:
+    """Until SIGTERM, or until Mosec gives up."""
+    sys.argv[1:] = settings.mosec_arguments()
+    server = Server()
+    gate = Runtime(Gate, num=1, env=[{"CUDA_VISIBLE_DEVICES": "", NOTES: settings.workers[0].notes}])
+    scorers = Runtime(
+        Scorer,
+        num=len(settings.workers),
+        max_batch_size=settings.max_batch,
+        max_wait_time=settings.max_wait_ms,
+        timeout=settings.timeout_s,
+        env=[worker.environment() for worker in settings.workers],
+    )
+    server.register_runtime({PATH: [gate, scorers], OLD_PATH: [gate, scorers]})
+    server.run()
+
+
+if __name__ == "__main__":
+    # Semaphores get a name by which they are found, and removed, after a process that was killed.
+    multiprocessing.current_process()._config["semprefix"] = sys.argv[1]  # type: ignore[attr-defined]
+    serve(ServerSettings.read(sys.stdin.read()))
