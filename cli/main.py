@@ -40,11 +40,39 @@ def _reward_model() -> Command:
     return reward_model
 
 
+def _generate() -> Command:
+    from .generate import generate
+
+    return generate
+
+
+def _chat() -> Command:
+    from .chat import chat
+
+    return chat
+
+
+def _eval() -> Command:
+    from .evaluate import evaluate
+
+    return evaluate
+
+
+def _label() -> Command:
+    from .label import label
+
+    return label
+
+
 COMMANDS: dict[str, tuple[Callable[[], Command], str]] = {
     "train": (_train, "Align a policy online: sample, compare, learn, sync."),
     "resume": (_resume, "Go on with a stopped run from its last checkpoint."),
     "sft": (_sft, "Train a policy on prompts and reference answers, on conversations or on plain text."),
     "reward-model": (_reward_model, "Train a reward model on preferences (Bradley-Terry)."),
+    "generate": (_generate, "Sample responses to the prompts of a dataset into a file."),
+    "chat": (_chat, "Talk to a model."),
+    "eval": (_eval, "Judge a model's responses against references or another model's, by any oracle."),
+    "label": (_label, "Say which of two answers is better, for a file of pairs, by any oracle."),
 }
 """Each command's function, imported when it is asked for, and the line that stands for it in ``oatlite --help``."""
 
