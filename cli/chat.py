@@ -64,12 +64,17 @@ def chat(
     """
     refuse_with_greedy(greedy, {"--temperature": temperature, "--top-p": top_p, "--top-k": top_k})
     defaults = {"sampling.max_new_tokens": LONGEST_ANSWER}
-    config = settings(ctx.params, sets, reads=(*ENGINE_KEYS, "sampling."), defaults=defaults)
+    config = settings(
+        ctx.params,
+        sets,
+        reads=(*(key for key in ENGINE_KEYS if not key.startswith("timeouts.")), "sampling"),
+        defaults=defaults,
+    )
     from oatlite.inference.chat import ChatOptions
     from oatlite.inference.chat import chat as talk
-    from oatlite.inference.signals import terminable
+    from oatlite.inference.signals import stopped_by_signals
 
-    with terminable():
+    with stopped_by_signals():
         talk(
             ChatOptions(config=config, adapter=adapter, is_greedy=greedy, system=system, context_tokens=context_tokens)
         )

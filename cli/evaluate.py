@@ -13,12 +13,12 @@ import typer
 from oatlite.errors import ConfigError
 
 from .inference import (
+    DATA_KEYS,
     ENGINE_KEYS,
     MODEL,
     ORACLE_KEYS,
     OUTPUT,
     SAMPLING,
-    TIMES,
     ChatTemplate,
     Gpus,
     JudgeModel,
@@ -116,18 +116,18 @@ def evaluate(
     for flag, value in (("--top-p", top_p), ("--top-k", top_k)):
         if is_greedy and value is not None:
             raise ConfigError(f"{flag} is for samples, and responses are greedy", "add --temperature")
-    reads = (*ENGINE_KEYS, *TIMES, *ORACLE_KEYS, "data.", "sampling.", "eval.best_of_n")
+    reads = (*ENGINE_KEYS, *DATA_KEYS, *ORACLE_KEYS, "sampling", "eval.best_of_n")
     config = settings(ctx.params, sets, reads=reads)
     from oatlite.fitting import console_report
     from oatlite.inference.evaluate import EvalOptions
     from oatlite.inference.evaluate import as_json as to_json
     from oatlite.inference.evaluate import evaluate as run
-    from oatlite.inference.signals import terminable
+    from oatlite.inference.signals import stopped_by_signals
 
     options = EvalOptions(
         config=config, against=against, is_greedy=is_greedy, base=kl_to, output=output, overwrite=overwrite
     )
-    with terminable(), console_report() as report:
+    with stopped_by_signals(), console_report() as report:
         result = run(options, report)
     if as_json:
         print(json.dumps(to_json(result), ensure_ascii=False))

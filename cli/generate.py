@@ -10,10 +10,10 @@ import typer
 from .building import command
 from .inference import (
     DATA,
+    DATA_KEYS,
     ENGINE_KEYS,
     OUTPUT,
     SAMPLING,
-    TIMES,
     Adapter,
     ChatTemplate,
     Gpus,
@@ -80,11 +80,11 @@ def generate(
     the sum of the tokens' log-probabilities at temperature 1. `oatlite label` makes preferences of two samples.
     """
     refuse_with_greedy(greedy, {"--temperature": temperature, "--top-p": top_p, "--top-k": top_k})
-    config = settings(ctx.params, sets, reads=(*ENGINE_KEYS, *TIMES, "data.", "sampling."))
+    config = settings(ctx.params, sets, reads=(*ENGINE_KEYS, *DATA_KEYS, "sampling"))
     from oatlite.fitting import console_report
     from oatlite.inference.generate import GenerateOptions
     from oatlite.inference.generate import generate as run
-    from oatlite.inference.signals import terminable
+    from oatlite.inference.signals import stopped_by_signals
 
     options = GenerateOptions(
         config=config,
@@ -95,7 +95,7 @@ def generate(
         overwrite=overwrite,
         needs_references=reference_key is not None,
     )
-    with terminable(), console_report() as report:
+    with stopped_by_signals(), console_report() as report:
         made = run(options, report)
     dropped = f", {made.num_dropped} left out as empty or too long" if made.num_dropped else ""
     print(

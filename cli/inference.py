@@ -17,9 +17,19 @@ from oatlite.hardware import gpu_names
 from .options import given_settings, setting
 
 MODEL, DATA, SAMPLING, ORACLE, OUTPUT, MACHINE = "Model", "Data", "Sampling", "Oracle", "Output", "Machine"
-ENGINE_KEYS = ("model.", "run.seed", "placement.gpus", "placement.gpu_memory_utilization", "placement.kv_cache_gib")
-ORACLE_KEYS = ("oracle.", "remote.", "judge.", "timeouts.oracle_s")
-TIMES = ("timeouts.start_s", "timeouts.generate_s")
+ENGINE_KEYS = (
+    *("model.path", "model.dtype", "model.trust_remote_code", "run.seed"),
+    *("placement.gpus", "placement.gpu_memory_utilization", "placement.kv_cache_gib"),
+    *("timeouts.start_s", "timeouts.generate_s"),
+)
+DATA_KEYS = (
+    *("data.prompts", "data.split", "data.prompt_key", "data.reference_key"),
+    *("data.chat_template", "data.max_prompt_tokens", "data.max_prompts"),
+)
+ORACLE_KEYS = (
+    *("oracle.path", "oracle.weights", "oracle.chat_template", "oracle.max_tokens", "oracle.batch_tokens"),
+    *("oracle.dtype", "remote", "judge", "timeouts.oracle_s", "run.seed", "placement.gpus"),
+)
 WHOLE_GPU = 0.85
 """vLLM's share of a GPU where no learner wants one."""
 OWN_FLAGS = {"top_p": "sampling.top_p", "top_k": "sampling.top_k", "feedback": "oracle.feedback"}
@@ -135,7 +145,7 @@ def settings(
     flags = given_settings(parameters)
     flags |= {key: parameters[name] for name, key in OWN_FLAGS.items() if parameters.get(name) is not None}
     own = {"placement.gpu_memory_utilization": WHOLE_GPU, **(defaults or {})}
-    given = load_settings(reads=("placement.", *reads), flags=flags, sets=sets or (), defaults=own)
+    given = load_settings(reads=reads, flags=flags, sets=sets or (), defaults=own)
     config = resolve_inference(given, len(gpu_names()))
     from oatlite.demo.settings import with_demo
 

@@ -33,6 +33,8 @@ from .inference import (
 if TYPE_CHECKING:
     from oatlite.inference.label import Labelled
 
+LABEL_KEYS = ("oracle.feedback", "oracle.flip_prob", "data.prompt_key", "data.split", "data.reference_key")
+
 
 def label(
     ctx: typer.Context,
@@ -96,12 +98,12 @@ def label(
     """
     if not oracle:
         raise ConfigError("no oracle is given", "add --oracle REWARD_MODEL (a folder or a hub id)")
-    reads = (*ORACLE_KEYS, "run.seed", "data.prompt_key", "data.split", "data.reference_key", "placement.gpus")
+    reads = (*ORACLE_KEYS, *LABEL_KEYS)
     config = settings(ctx.params, sets, reads=reads)
     from oatlite.fitting import console_report
     from oatlite.inference.label import LabelOptions
     from oatlite.inference.label import label as run
-    from oatlite.inference.signals import terminable
+    from oatlite.inference.signals import stopped_by_signals
 
     options = LabelOptions(
         config=config,
@@ -112,11 +114,11 @@ def label(
         reference_key=reference_key,
         overwrite=overwrite,
     )
-    with terminable(), console_report() as report:
+    with stopped_by_signals(), console_report() as report:
         made = run(options, report)
     print(f"{output}: {made.num_pairs} pairs{_left_out(made)}")
     flags: dict[str, str | Path] = {"--preferences": output, "--model": "POLICY"}
-    print(f"next: {command('train --offline', flags, {})}")
+    print(f"next: {command('train', flags, {})} --offline")
 
 
 def _left_out(made: Labelled) -> str:

@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED)
+    if code == EXIT_INTERRUPTED:  # so Typer takes Ctrl-C, without a word
+        return _fail("interrupted", code)
     return code if isinstance(code, int) else 0
 
 

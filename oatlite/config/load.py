@@ -112,15 +112,15 @@ def load_settings(
 ) -> Config:
     """The options of a command that trains nothing: ``defaults`` < flags and ``section.key=value`` settings.
 
-    ``reads`` are the beginnings of the keys that the command reads. Raises :class:`ConfigError` for any other.
+    ``reads`` are the keys that the command reads, or whole sections. Raises :class:`ConfigError` for any other.
     """
-    own = {key: Given(value, "default") for key, value in (defaults or {}).items()}
-    merged = _merge([own, _command_line(flags, sets)])
-    for key, given in merged.items():
-        check_key(key, given.source, _algorithm(merged))
-        if not key.startswith(tuple(reads)):
+    typed = _command_line(flags, sets)
+    for key, given in typed.items():
+        check_key(key, given.source, DEFAULT_ALGORITHM)
+        if key not in reads and key.partition(".")[0] not in reads:
             raise ConfigError(f"{key} ({given.source}) is nothing that this command reads", "leave it out")
-    return _validate(merged)
+    own = {key: Given(value, "default") for key, value in (defaults or {}).items()}
+    return _validate(_merge([own, typed]))
 
 
 def preset_names() -> list[str]:

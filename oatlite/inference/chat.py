@@ -7,6 +7,7 @@ it is sampled, and Ctrl-C stops the answer and not the engine.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 PROMPT = "> "
 LONGEST_CONTEXT = 4096
+LINE_BREAK = re.compile(r"\r\n|\r|\n")
 COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
@@ -198,7 +200,7 @@ class Talk:
             if not text.strip() or text.strip() == "/reset":
                 continue
             answer = "".join(self.answer(text, lambda: False))
-            out.write("\\n".join(answer.splitlines()) + "\n")
+            out.write(LINE_BREAK.sub(r"\\n", answer) + "\n")
             out.flush()
 
     def _is_over(self, text: str) -> bool:

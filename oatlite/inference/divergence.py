@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from oatlite.config.schema import Config
+from oatlite.finetuning.quiet import quiet
 from oatlite.fitting import Report
 from oatlite.inference.sampling import Responses, device_of
 from oatlite.maths.intervals import mean_and_error, ratio_and_error
@@ -71,7 +72,8 @@ def response_logprobs(
     ``rejected`` one. The model is gone when this returns."""
     device = torch.device(device_of(config))
     dtype: torch.dtype = getattr(torch, config.model.dtype)
-    policy = load_policy(path, dtype, trust_remote_code=config.model.trust_remote_code)
+    with quiet():
+        policy = load_policy(path, dtype, trust_remote_code=config.model.trust_remote_code)
     model = PairModel(policy.to(device).eval().requires_grad_(False))
     vocab_size = model.model.config.get_text_config().vocab_size
     longest = max(len(pair.prompt) for pair in pairs), max(len(pair.chosen) for pair in pairs)

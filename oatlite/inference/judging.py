@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oatlite.config.schema import Config
+from oatlite.finetuning.quiet import quiet
 from oatlite.fitting import Report
 from oatlite.inference.sampling import device_of
 from oatlite.oracles import PreferenceOracle, Verdicts, build_oracle, checked
@@ -17,7 +18,8 @@ BLOCK = 128
 
 
 def open_oracle(config: Config) -> PreferenceOracle:
-    return build_oracle(config.oracle.path, config, device=device_of(config))
+    with quiet():
+        return build_oracle(config.oracle.path, config, device=device_of(config))
 
 
 def in_blocks(oracle: PreferenceOracle, total: int, what: str, report: Report, size: int = BLOCK) -> Compare:
