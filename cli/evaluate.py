@@ -118,6 +118,7 @@ def evaluate(
             raise ConfigError(f"{flag} is for samples, and responses are greedy", "add --temperature")
     reads = (*ENGINE_KEYS, *DATA_KEYS, *ORACLE_KEYS, "sampling", "eval.best_of_n")
     config = settings(ctx.params, sets, reads=reads)
+    from oatlite.demo.settings import policy_of
     from oatlite.fitting import console_report
     from oatlite.inference.evaluate import EvalOptions
     from oatlite.inference.evaluate import as_json as to_json
@@ -125,7 +126,12 @@ def evaluate(
     from oatlite.inference.signals import stopped_by_signals
 
     options = EvalOptions(
-        config=config, against=against, is_greedy=is_greedy, base=kl_to, output=output, overwrite=overwrite
+        config=config,
+        against=policy_of(against),
+        is_greedy=is_greedy,
+        base=None if kl_to is None else policy_of(kl_to),
+        output=output,
+        overwrite=overwrite,
     )
     with stopped_by_signals(), console_report() as report:
         result = run(options, report)

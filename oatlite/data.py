@@ -63,6 +63,17 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def select(self, indices: list[int]) -> PromptSet:
+        """These of the prompts, in this order."""
+        return dataclasses.replace(
+            self,
+            texts=[self.texts[i] for i in indices],
+            raw_texts=[self.raw_texts[i] for i in indices],
+            tokens=[self.tokens[i] for i in indices],
+            references=None if self.references is None else [self.references[i] for i in indices],
+            rows=self.rows[indices],
+        )
+
 
 def epoch_order(num_prompts: int, epoch: int, seed: int) -> npt.NDArray[np.int64]:
     """The order of prompts in an epoch: a permutation that depends on ``seed`` and ``epoch`` alone."""
@@ -147,15 +158,7 @@ def load_all_prompts(
     prompts, _ = reader.take(order, data.max_prompts, is_held_out=needs_references)
     if not len(prompts):
         raise ConfigError(f"{data.prompts} has no usable prompt", _room(data.max_prompt_tokens))
-    by_row = np.argsort(prompts.rows).tolist()
-    return dataclasses.replace(
-        prompts,
-        texts=[prompts.texts[i] for i in by_row],
-        raw_texts=[prompts.raw_texts[i] for i in by_row],
-        tokens=[prompts.tokens[i] for i in by_row],
-        references=None if prompts.references is None else [prompts.references[i] for i in by_row],
-        rows=prompts.rows[by_row],
-    )
+    return prompts.select(np.argsort(prompts.rows).tolist())
 
 
 def _room(max_prompt_tokens: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oatlite.errors import ConfigError, StorageError
+from oatlite.output_folder import umask
 
 
 def require_writable(path: Path, suffixes: tuple[str, ...], *, overwrite: bool = False) -> None:
@@ -41,7 +42,7 @@ def write_complete(path: Path, text: Iterable[str], *, overwrite: bool = False) 
             file.writelines(text)
             file.flush()
             os.fsync(file.fileno())
-        work.chmod(0o666 & ~_umask())
+        work.chmod(0o666 & ~umask())
         if path.exists() and not overwrite:
             raise StorageError(f"{path} was made by somebody else meanwhile, and stays as it is")
         work.rename(path)
@@ -55,9 +56,3 @@ def write_complete(path: Path, text: Iterable[str], *, overwrite: bool = False) 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterable[str]:
     return (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

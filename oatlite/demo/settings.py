@@ -23,3 +23,12 @@ def with_demo(config: Config) -> Config:
     for section, key in (("oracle", "path"), ("eval", "oracle")):
         values[section][key] = [str(demo.reward_model) if name == "demo" else name for name in values[section][key]]
     return Config.model_validate(values)
+
+
+def policy_of(name: str) -> str:
+    """``name``, or the folder of the demo's policy where it is ``demo``, which is built on first use."""
+    if name != "demo":
+        return name
+    from oatlite.demo.build import ensure_demo
+
+    return str(ensure_demo().policy)

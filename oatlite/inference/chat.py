@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from oatlite.hardware import usable_cores
 from oatlite.inference.generate import sampling_of
 from oatlite.inference.inputs import check_model
 from oatlite.inference.job import Sampling
-from oatlite.inference.sampling import device_of
+from oatlite.inference.sampling import device_of, kept
 from oatlite.lora import read_adapter
 from oatlite.model_checks import max_positions
 from oatlite.seeds import seed_of
@@ -277,11 +276,8 @@ def _start(options: ChatOptions, path: str, context_tokens: int) -> Engine:
         except OatliteError:
             raise
         except Exception as error:
-            descriptor, kept = tempfile.mkstemp(prefix="oatlite-", suffix=".log")
-            os.close(descriptor)
-            shutil.copyfile(log, kept)
             raise WorkerDied(
-                f"the engine of {path} failed: {type(error).__name__}: {first_line(error)}", f"log: {kept}"
+                f"the engine of {path} failed: {type(error).__name__}: {first_line(error)}", f"log: {kept(log)}"
             ) from error
     return engine
 
@@ -291,7 +287,7 @@ def _output_to(log: Path) -> Iterator[None]:
     """Standard output and error of this process into ``log``, libraries in C included."""
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
+    before = os.dup(1), os.dup(2)
     with log.open("wb") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -300,6 +296,6 @@ def _output_to(log: Path) -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for descriptor, before in zip((1, 2), kept, strict=True):
-            os.dup2(before, descriptor)
-            os.close(before)
+        for descriptor, copy in zip((1, 2), before, strict=True):
+            os.dup2(copy, descriptor)
+            os.close(copy)

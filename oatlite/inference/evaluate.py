@@ -136,19 +136,8 @@ def _in_common(ours: PromptSet, theirs: PromptSet) -> tuple[PromptSet, PromptSet
     if not common:
         raise ConfigError("no prompt fits both models", "raise --max-prompt-tokens")
     num_dropped = max(ours.num_dropped, theirs.num_dropped)
-    return _only(ours, common, num_dropped), _only(theirs, common, num_dropped)
-
-
-def _only(prompts: PromptSet, rows: set[int], num_dropped: int) -> PromptSet:
-    kept = [i for i, row in enumerate(prompts.rows.tolist()) if row in rows]
-    return PromptSet(
-        texts=[prompts.texts[i] for i in kept],
-        raw_texts=[prompts.raw_texts[i] for i in kept],
-        tokens=[prompts.tokens[i] for i in kept],
-        references=None if prompts.references is None else [prompts.references[i] for i in kept],
-        rows=prompts.rows[kept],
-        num_dropped=num_dropped,
-    )
+    both = [each.select([i for i, row in enumerate(each.rows.tolist()) if row in common]) for each in (ours, theirs)]
+    return dataclasses.replace(both[0], num_dropped=num_dropped), both[1]
 
 
 def _choose(oracle: PreferenceOracle, prompts: PromptSet, responses: Responses, report: Report) -> list[int]:

@@ -158,8 +158,8 @@ def read_pairs(options: LabelOptions) -> Pairs:
             f"its columns are {', '.join(there)}: name them with --prompt-key, --first-key and --second-key",
         )
     reference_key = options.reference_key or (REFERENCE if REFERENCE in there else None)
-    references = rows[reference_key] if reference_key else [None] * len(rows)
-    prompts = rows[data.prompt_key]
+    references = list(rows[reference_key]) if reference_key else [None] * len(rows)
+    prompts = list(rows[data.prompt_key])
     num_single = 0
     if is_sampled:
         found, num_single = _consecutive(rows, prompts, references)
@@ -172,8 +172,8 @@ def _consecutive(
     rows: Dataset, prompts: Sequence[Any], references: Sequence[Any]
 ) -> tuple[list[tuple[Any, Any, Any, Any]], int]:
     """Samples 2n and 2n + 1 of one prompt, and how many rows are left over."""
-    responses, samples = rows["response"], rows["sample"]
-    numbers = rows["row"] if "row" in rows.column_names else [0] * len(rows)
+    responses, samples = list(rows["response"]), list(rows["sample"])
+    numbers = list(rows["row"]) if "row" in rows.column_names else [0] * len(rows)
     found, i = [], 0
     while i + 1 < len(rows):
         follows = samples[i] % 2 == 0 and samples[i + 1] == samples[i] + 1

@@ -87,7 +87,7 @@ def _watch(job: Job, worker: Worker, private: Path, what: str, report: Report) -
         if time.monotonic() - seen > (timeouts.generate_s if stands else timeouts.start_s):
             raise DeadlineExceeded(
                 f"the engine of {job.model} was silent for {time.monotonic() - seen:.0f} s",
-                f"log: {_kept(private / LOG)}; raise timeouts.{'generate_s' if stands else 'start_s'} with --set",
+                f"log: {kept(private / LOG)}; raise timeouts.{'generate_s' if stands else 'start_s'} with --set",
             )
         time.sleep(POLL_S)
     if code != 0 or len(replies) < job.num_samples:
@@ -114,10 +114,10 @@ def _failure(job: Job, code: int, private: Path) -> OatliteError:
         message = told.message
     else:
         message = f"its process ended with code {code}" if code >= 0 else f"its process was killed by signal {-code}"
-    return WorkerDied(f"the engine of {job.model} failed: {message}", f"log: {_kept(private / LOG)}")
+    return WorkerDied(f"the engine of {job.model} failed: {message}", f"log: {kept(private / LOG)}")
 
 
-def _kept(log: Path) -> Path:
+def kept(log: Path) -> Path:
     """A copy of ``log`` that stays when the private folder goes."""
     descriptor, name = tempfile.mkstemp(prefix="oatlite-", suffix=".log")
     os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -81,7 +82,7 @@ def test_generate_then_label_then_train_offline(llama: Inputs, tmp_path: Path) -
     model, tokenizer = load(llama.policy)
     for row in rows:
         assert row["prompt"] == f"Say number {row['row']}: " and row["reference"] == f" it is {row['row']}"
-        assert row["is_finished"] is (row["num_tokens"] < NEW_TOKENS) or row["num_tokens"] == NEW_TOKENS
+        assert row["is_finished"] or row["num_tokens"] == NEW_TOKENS
     assert len({row["response"] for row in rows}) > 150, "samples differ"
     ascii_rows = [row for row in rows if row["response"].isascii() and not row["is_finished"]]
     for row in ascii_rows:
@@ -220,6 +221,8 @@ def test_the_kl_is_what_transformers_gives(llama: Inputs, tmp_path: Path) -> Non
     assert found.per_response_error == pytest.approx(np.std(differences, ddof=1) / np.sqrt(18), rel=1e-4)
     assert found.per_token == pytest.approx(sum(differences) / sum(lengths), abs=1e-4)
     assert (found.num_responses, found.num_tokens) == (18, sum(lengths))
+    own = divergence(config, base, base, prompts, responses, 2, lambda *_: None)
+    assert (own.per_response, own.per_token) == (0, 0)
 
 
 def chat_model(folder: Path) -> Path:
@@ -281,34 +284,62 @@ def until(terminal: int, words: bytes) -> bytes:
     return found
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
-def test_a_signal_leaves_nothing(llama: Inputs, tmp_path: Path, number: int, code: int, word: str) -> None:
-    """SIGINT while the engine starts, SIGTERM while it generates."""
-    started = subprocess.Popen(
+def start_generating(inputs: Inputs, output: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [
-            *(str(OATLITE), "generate", "--model", str(llama.policy), "--prompts", str(llama.prompts), *CPU),
-            *("--output", str(tmp_path / "out.jsonl"), "--num-samples", "50", "--max-new-tokens", "230"),
+            *(str(OATLITE), "generate", "--model", str(inputs.policy), "--prompts", str(inputs.prompts), *CPU),
+            *("--output", str(output), "--num-samples", "50", "--max-new-tokens", "230"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
     )
-    awaited = "job.json" if number == signal.SIGINT else "replies.jsonl"
+
+
+def wait_for(name: str, started: subprocess.Popen[str]) -> None:
+    """Until there is such a file in the private folder of the command."""
     deadline = time.monotonic() + DEADLINE_S
-    while not list(TEMPORARY.glob(f"oatlite-*/{awaited}")):
+    while not list(TEMPORARY.glob(f"oatlite-*/{name}")):
         assert started.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def engines() -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+            if b"oatlite.inference.process" in words and str(TEMPORARY).encode() in words:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "stage", "code", "word"),
+    [(signal.SIGINT, "job.json", 130, "interrupted"), (signal.SIGTERM, "replies.jsonl", 143, "terminated")],
+)
+def test_a_signal_leaves_nothing(llama: Inputs, tmp_path: Path, number: int, stage: str, code: int, word: str) -> None:
+    """While the engine starts, and while it generates."""
+    started = start_generating(llama, tmp_path / "out.jsonl")
+    wait_for(stage, started)
     started.send_signal(number)
     out, err = started.communicate(timeout=30)
     assert started.returncode == code
-    assert out == "" and [line for line in err.splitlines() if not line.startswith("generate: ")] == [
-        f"oatlite: error: {word}"
-    ]
+    told = [line for line in err.splitlines() if not line.startswith("generate: ")]
+    assert out == "" and told == [f"oatlite: error: {word}"]
     assert list(tmp_path.iterdir()) == []
-    assert list(TEMPORARY.glob("oatlite-*")) == []
-    with subprocess.Popen(["ps", "-eo", "args"], stdout=subprocess.PIPE, text=True) as ps:
-        assert ps.stdout is not None
-        assert not [line for line in ps.stdout if "oatlite.inference.process" in line and str(TEMPORARY) in line]
+    assert list(TEMPORARY.glob("oatlite-*")) == [] and engines() == []
+
+
+def test_an_engine_that_is_killed_is_told_with_its_log(llama: Inputs, tmp_path: Path) -> None:
+    started = start_generating(llama, tmp_path / "out.jsonl")
+    wait_for("log", started)
+    [engine] = engines()
+    os.kill(engine, signal.SIGKILL)
+    out, err = started.communicate(timeout=30)
+    assert started.returncode == 3 and out == "" and err.count("\n") == 1
+    assert f"the engine of {llama.policy} failed: its process was killed by signal 9; log: " in err
+    [log] = TEMPORARY.glob("oatlite-*")
+    assert err.endswith(f"{log}\n") and list(tmp_path.iterdir()) == []
+    log.unlink()
