@@ -48,6 +48,7 @@ def one_actor(
             longest_prompt=max_model_len - 1,
             longest_response=1,
             num_steps=1,
+            most_steps=1,
             fingerprints={},
             config=Config.model_validate(settings),
         )

@@ -217,7 +217,7 @@ def _rankings(keys: _Keys, seed: int) -> list[Ranking]:
 
 def _tuned(keys: _Keys, output: Path, options: TuningOptions, flags: TuningFlags) -> _Made:
     started = time.monotonic()
-    tokenizer = prepare(options.model, options.max_tokens, output, resume=flags.resume)
+    tokenizer = prepare(options.task, options.model, options.max_tokens, output, resume=flags.resume)
     from oatlite.finetuning.pairs import pair_rows
     from oatlite.finetuning.run import finetune
     from oatlite.fitting import console_report

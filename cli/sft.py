@@ -207,7 +207,7 @@ def _from_scratch(rows: _Rows, output: Path, given: dict[str, Any]) -> _Made:
 
 def _tuned(rows: _Rows, output: Path, options: TuningOptions, flags: TuningFlags, *, trains_on_prompts: bool) -> _Made:
     started = time.monotonic()
-    tokenizer = prepare(options.model, options.max_tokens, output, resume=flags.resume)
+    tokenizer = prepare(options.task, options.model, options.max_tokens, output, resume=flags.resume)
     from oatlite.data import load_rows
     from oatlite.finetuning.rows import choose_columns, policy_rows
     from oatlite.finetuning.run import finetune

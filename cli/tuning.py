@@ -144,12 +144,12 @@ def left_out(num_empty: int, num_long: int) -> str:
     return empty + (f", {num_long} left out as too long" if num_long else "")
 
 
-def prepare(model: str, max_tokens: int, output: Path, *, resume: bool) -> Any:
+def prepare(task: Task, model: str, max_tokens: int, output: Path, *, resume: bool) -> Any:
     """The tokenizer of ``model``, once it is known that training can begin. Raises ConfigError."""
     from oatlite.finetuning.run import check_resume
 
     check_resume(output, resume=resume)
     from oatlite.finetuning.pretrained import check_model, load_tokenizer
 
-    check_model(model, max_tokens)
+    check_model(task, model, max_tokens)
     return load_tokenizer(model)

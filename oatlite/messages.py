@@ -22,6 +22,7 @@ MAX_FRAMES = 16
 MAX_ITEMS = 1 << 20
 MAX_FIELDS = 64
 MAX_DIMS = 16
+PURPOSES = ("train", "eval")
 
 Int32 = npt.NDArray[np.int32]
 UInt64 = npt.NDArray[np.uint64]
@@ -203,18 +204,21 @@ class CandidateBatch(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareRequest(Message):
-    """Ask the oracle at the actor which of two responses to each prompt is better (B pairs).
+    """Ask an oracle at the actor which of two responses to each prompt is better (B pairs).
 
-    ``references`` is empty or holds one answer of the dataset per pair, for oracles that verify.
+    ``purpose`` says which: ``train`` or ``eval``. ``references`` is empty or holds one answer of the dataset per pair,
+    for oracles that verify.
     """
 
     batch_id: str = text()
+    purpose: str = text(16)
     prompts: list[str] = texts()
     first: list[str] = texts()
     second: list[str] = texts()
     references: list[str] = texts()
 
     def validate(self) -> None:
+        _require(self.purpose in PURPOSES, "an oracle that there is none of")
         _require(len(self.prompts) == len(self.first) == len(self.second), "pairs do not agree")
         _require(len(self.references) in (0, len(self.prompts)), "not one reference per pair")
 
@@ -224,6 +228,7 @@ class PreferenceBatch(Message):
     """The answer to a CompareRequest: P(first wins) (B,) and, from a reward oracle, both rewards (else empty).
 
     Where ``is_valid`` is False the oracle gave no usable verdict: the pair carries no weight in training.
+    ``num_failures`` requests failed on the way and were made again.
     """
 
     batch_id: str = text()
@@ -232,6 +237,7 @@ class PreferenceBatch(Message):
     first_scores: Float32 = array("float32")
     second_scores: Float32 = array("float32")
     oracle_s: float = real(0.0)
+    num_failures: int = integer()
 
     def validate(self) -> None:
         _require(self.is_valid.size == self.first_win.size, "verdicts do not agree")

@@ -30,8 +30,9 @@ class Plan:
     """What a run will do.
 
     ``num_prompts`` training prompts (offline: pairs) are left after ``num_dropped`` rows that were empty or too long
-    (the held-out ones counted in); ``num_queries`` is what the oracle will be asked at most, one query a prompt. The
-    last step of a run that ``data.max_queries`` ends may be a part of one. ``longest_prompt`` is in tokens, held-out
+    (the held-out ones counted in); ``num_queries`` is what the oracle will be asked at most. ``total_steps`` spend
+    them if each prompt takes one query; where some take none, a run that ``data.max_queries`` ends goes on for at most
+    ``most_steps``, and the last of its steps may be a part of one. ``longest_prompt`` is in tokens, held-out
     ones included, and ``longest_response`` what a response may have. ``fingerprints`` tell whether a run that resumes
     finds the model, the tokenizer and the prompts that it had.
     """
@@ -40,6 +41,7 @@ class Plan:
     num_dropped: int
     num_heldout: int
     total_steps: int
+    most_steps: int
     num_queries: int
     longest_prompt: int
     longest_response: int
@@ -77,6 +79,10 @@ def check(config: Config) -> Plan:
             "evaluation compares with the dataset's answers, and data.reference_key names none",
             "name their column, or set eval.prompts = 0",
         )
+    if config.eval.online and config.data.reference_key is None:
+        raise ConfigError(
+            "eval.online compares with the dataset's answers, and data.reference_key names none", "name their column"
+        )
     training, held_out = load_prompts(
         config.data, config.eval.prompts, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
     )
@@ -94,6 +100,7 @@ def check(config: Config) -> Plan:
         num_dropped=training.num_dropped + held_out.num_dropped,
         num_heldout=len(held_out),
         total_steps=total_steps,
+        most_steps=num_steps,
         num_queries=num_queries,
         longest_prompt=longest,
         longest_response=config.sampling.max_new_tokens,
@@ -110,11 +117,13 @@ def _offline_plan(
     longest_prompt = max(training.longest_prompt, held_out.longest_prompt)
     longest_response = max(training.longest_response, held_out.longest_response)
     check_lengths(config, longest_prompt, longest_response, limit, "data.max_response_tokens")
+    num_steps = _num_steps(config, len(training), len(held_out), "pairs")
     return Plan(
         num_prompts=len(training),
         num_dropped=training.num_dropped + held_out.num_dropped,
         num_heldout=len(held_out),
-        total_steps=_num_steps(config, len(training), len(held_out), "pairs"),
+        total_steps=num_steps,
+        most_steps=num_steps,
         num_queries=0,
         longest_prompt=longest_prompt,
         longest_response=longest_response,

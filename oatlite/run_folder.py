@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from oatlite.config.dump import dump_toml
 from oatlite.config.resolve import DEFAULT_NAME
 from oatlite.config.schema import Config
 from oatlite.errors import ConfigError
-from oatlite.preflight import Plan
 from oatlite.resuming import shortest_path
 
 OFFLINE_SYNC_EVERY = 100_000
@@ -50,8 +49,8 @@ def held(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def summary(config: Config, plan: Plan, run_dir: Path, seconds: float) -> dict[str, Any]:
-    """The record that closes a run, with the commands that may come next."""
+def summary(config: Config, last_step: Mapping[str, Any], run_dir: Path, seconds: float) -> dict[str, Any]:
+    """The record that closes a run, whose last step's record is given, with the commands that may come next."""
     config_file = shlex.quote(shortest_path(run_dir / "config.toml"))
     following = [f"oatlite train --config {config_file} --seed {config.run.seed + 1}"]
     if not config.rollout.offline:
@@ -60,8 +59,8 @@ def summary(config: Config, plan: Plan, run_dir: Path, seconds: float) -> dict[s
         )
     return {
         "kind": "summary",
-        "steps": plan.total_steps,
-        "queries": None if config.rollout.offline else plan.num_queries,
+        "steps": last_step.get("step"),
+        "queries": last_step.get("queries"),
         "seconds": seconds,
         "run_dir": str(run_dir),
         "model": str(run_dir / "model"),

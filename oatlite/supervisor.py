@@ -101,7 +101,7 @@ def train(config: Config, checkpoint: Checkpoint | None = None) -> int:
         except OatliteError as error:
             error.fix = "; ".join(part for part in (error.fix, how_to_go_on(run_dir)) if part)
             raise
-        console.close(summary(config, plan, run_dir, time.monotonic() - started))
+        console.close(summary(config, console.history.last_step, run_dir, time.monotonic() - started))
     return 0
 
 
@@ -174,6 +174,7 @@ class Supervisor:
             longest_prompt=self._plan.longest_prompt,
             longest_response=self._plan.longest_response,
             num_steps=self._plan.total_steps,
+            most_steps=self._plan.most_steps,
             fingerprints=self._plan.fingerprints,
             resume_from=self._resume_from,
             config=self._config,

@@ -33,7 +33,7 @@ from oatlite.workers.evaluation import Judge
 from oatlite.workers.experience import Experience
 from oatlite.workers.learner import Learner
 from oatlite.workers.offline import HeldOutPairs, RecordedExperience
-from oatlite.workers.rollout import ParameterSource, SamplingOptions
+from oatlite.workers.rollout import ParameterSource, Purpose, SamplingOptions
 from oatlite.workers.update import Layout, Updater
 
 EOS = 0
@@ -75,8 +75,11 @@ class FunctionOracle(RewardOracle):
 class InMemoryActors:
     """Samples from the weights of the last sync, and asks the oracle. ``calls`` notes what was done, in order."""
 
-    def __init__(self, oracle: PreferenceOracle, initial: BigramPolicy) -> None:
+    def __init__(
+        self, oracle: PreferenceOracle, initial: BigramPolicy, eval_oracle: PreferenceOracle | None = None
+    ) -> None:
         self._oracle = oracle
+        self._eval_oracle = eval_oracle or oracle
         self._logits = initial.logits.detach().clone()
         self.policy_version = 0
         self.reload_s = 0.0
@@ -113,10 +116,17 @@ class InMemoryActors:
         )
 
     def compare(
-        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], references: Sequence[str] | None
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        references: Sequence[str] | None,
+        *,
+        purpose: Purpose = "train",
     ) -> tuple[Verdicts, float]:
         self.calls.append(f"compare {len(prompts)}")
-        return checked(self._oracle.compare(prompts, first, second, references), len(prompts)), 0.0
+        oracle = self._oracle if purpose == "train" else self._eval_oracle
+        return checked(oracle.compare(prompts, first, second, references), len(prompts)), 0.0
 
     def sync(self, version: int, source: ParameterSource) -> list[str]:
         self.calls.append(f"sync {version}")
@@ -239,21 +249,25 @@ def rehearse(
     seed: int = 0,
     sync_every: int = 1,
     reference: str = "abc",
+    training_reference: str = "",
     oracle: PreferenceOracle | None = None,
+    eval_oracle: PreferenceOracle | None = None,
     settings: dict[str, dict[str, Any]] | None = None,
 ) -> Rehearsal:
     """Run the learner's real loop over the stand-ins; ``score(prompt, response)`` is the oracle's reward.
 
-    ``settings`` are configuration sections on top of the arguments.
+    ``reference`` is the answer to each held-out prompt, ``training_reference`` to each other. ``eval_oracle`` judges
+    evaluations instead, if it is given. ``settings`` are configuration sections on top of the arguments.
     """
     config = _config(steps, prompts_per_step, lr, seed, {"rollout": {"sync_every": sync_every}}, settings or {})
     policy, trainer, updater = _learning_half(config, algorithm, keeps_behaviour=sync_every > 1)
-    actors = InMemoryActors(oracle or FunctionOracle(score), policy)
+    actors = InMemoryActors(oracle or FunctionOracle(score), policy, eval_oracle)
     share, silent, journal = Share(rank=0, count=1), _Silent(), InMemoryJournal()
+    prompts = letter_prompts(4 * prompts_per_step, training_reference)
     Learner(
         config=config,
         num_steps=steps,
-        experience=Experience(config, share, letter_prompts(4 * prompts_per_step), algorithm, actors, silent, score),
+        experience=Experience(config, share, prompts, algorithm, actors, silent, score),
         judge=Judge(config, share, letter_prompts(26, reference), actors, score),
         actors=actors,
         updater=updater,

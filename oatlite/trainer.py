@@ -67,8 +67,10 @@ class StepResult:
 def schedule_factor(step: int, *, schedule: ScheduleName, num_steps: int, warmup_ratio: float) -> float:
     """The learning rate of gradient step ``step`` (from 0) as a share of its peak.
 
-    Linear warm-up, then a cosine that ends at 0.1, a line that ends at 0, or a constant.
+    Linear warm-up, then a cosine that ends at 0.1, a line that ends at 0, or a constant. What comes after the last
+    step that was planned for has the rate of that one.
     """
+    step = min(step, num_steps - 1)
     num_warmup = math.ceil(warmup_ratio * num_steps) if schedule != "constant" else 0
     if step < num_warmup:
         return (step + 1) / (num_warmup + 1)

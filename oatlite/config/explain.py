@@ -28,6 +28,7 @@ MUST_BE = {
     "literal_error": "must be {expected}",
     "missing": "has too few values",
     "too_long": "has too many values",
+    "value_error": "{error}",  # of a validator of ours, in its own words
     "string_pattern_mismatch": "must look like file.py:Class",
 }
 

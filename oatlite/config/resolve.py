@@ -314,6 +314,10 @@ def _check_oracles(config: Config) -> None:
     names = [name for _, name in _oracle_names(config)]
     if "remote" in names and config.remote.url is None:
         raise ConfigError("the oracle is remote, and its server is not named", "add --oracle-url http://HOST:PORT")
+    for name in names:
+        if name.startswith(("http://", "https://")):
+            typed = f"{to_type('oracle.path', 'remote')} {to_type('remote.url', name)}"
+            raise ConfigError(f"the oracle {name} is a web address", f"type {typed}")
     if "judge" in names and config.judge.model is None:
         raise ConfigError("the oracle is a judge, and its model is not named", "add --judge-model NAME")
     for key, url in (("remote.url", config.remote.url), ("judge.url", config.judge.url)):

@@ -171,7 +171,12 @@ class JudgeConfig(Section):
     model: str | None = Field(None, description="name of the judge at its endpoint, for --oracle judge")
     url: str = Field("https://api.openai.com/v1", description="OpenAI-compatible endpoint of --oracle judge")
     key_env: str = Field("OPENAI_API_KEY", description="environment variable with the endpoint's key")
-    template: str | None = Field(None, description="file with the prompt for the judge; default: for summaries")
+    template: str | None = Field(
+        None, description="what the judge is asked: summaries, general, or a file of yours; default: summaries"
+    )
+    max_tokens: PositiveInt = Field(
+        1, description="tokens that the judge may write; with more than one, its verdict is the last word"
+    )
     order: Literal["both", "random"] = Field(
         "both", description="ask in both orders and take the mean, or in one at random for half the price"
     )

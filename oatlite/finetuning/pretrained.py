@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from oatlite.errors import ConfigError
-from oatlite.finetuning.options import TuningOptions
+from oatlite.finetuning.options import Task, TuningOptions
+from oatlite.model_checks import check_language_model
 from oatlite.sources import find_local, first_line
 from oatlite.tiny import PAD, TINY_NAMES
 
@@ -30,8 +31,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise ConfigError(f"--model {path} cannot be loaded: {first_line(error)}", _FIX) from error
 
 
-def check_model(path: str, max_tokens: int) -> None:
-    """Raise ConfigError if there is no model, or it has fewer positions than ``max_tokens``; loads no weights."""
+def check_model(task: Task, path: str, max_tokens: int) -> None:
+    """Raise ConfigError if there is no model, it has fewer positions than ``max_tokens``, or a policy would be made of
+    what is no language model; loads no weights."""
     folder = find_local(path, "the model")
     if folder is not None and not (folder / "config.json").is_file():
         raise ConfigError(f"--model {path} has no config.json", _FIX)
@@ -39,6 +41,8 @@ def check_model(path: str, max_tokens: int) -> None:
         config = AutoConfig.from_pretrained(path)
     except Exception as error:  # whatever a file of somebody else's raises
         raise ConfigError(f"--model {path} cannot be loaded: {first_line(error)}", _FIX) from error
+    if task == "policy":
+        check_language_model(path, "--model", trust_remote_code=False)
     check_positions(config, max_tokens)
 
 

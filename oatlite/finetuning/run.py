@@ -8,12 +8,15 @@ from lies beside it, in ``<output>.checkpoints``.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +24,14 @@ from oatlite.errors import BY_EXIT_CODE, CheckpointError, ConfigError, OatliteEr
 from oatlite.finetuning.options import COMPLETE, Habits, RankSpec, TuningOptions, TuningResult
 from oatlite.finetuning.quiet import quiet
 from oatlite.launcher import LocalLauncher, Worker
+from oatlite.model_checks import WEIGHTS
 from oatlite.output_folder import complete_or_absent
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from oatlite.fitting import Report
-_ORIGIN = "training.json"
+_ORIGIN, _LOCK = "training.json", "lock"
 _POLL_S = 0.1
 
 
@@ -57,7 +61,8 @@ def check_resume(output: Path, *, resume: bool) -> Path | None:
 def _is_ours(folder: Path) -> bool:
     """Whether nothing lies in it but what a training leaves, torn checkpoints included."""
     return folder.is_dir() and (
-        (folder / _ORIGIN).is_file() or all(path.name.startswith("checkpoint-") for path in folder.iterdir())
+        (folder / _ORIGIN).is_file()
+        or all(path.name == _LOCK or path.name.startswith("checkpoint-") for path in folder.iterdir())
     )
 
 
@@ -80,39 +85,55 @@ def finetune(
     """
     checkpoints = checkpoints_of(output)
     last = check_resume(output, resume=resume)
-    origin = {**dataclasses.asdict(options), "rows": _fingerprint(training)}
+    origin = {**dataclasses.asdict(options), "rows": _fingerprint(training), "weights": _digest_of(options.model)}
     if last is not None:
         _check_origin(checkpoints, origin)
     is_trained = False
+    with _held(checkpoints):
+        try:
+            (checkpoints / _ORIGIN).write_text(json.dumps(origin))
+            # Within the checkpoints, so that a training that is killed leaves one folder and no other.
+            model = checkpoints / "model"
+            shutil.rmtree(model, ignore_errors=True)
+            with LocalLauncher("oatlite-") as launcher:
+                spec = RankSpec(
+                    options=options,
+                    habits=habits,
+                    folder=str(model),
+                    private=str(launcher.private_dir),
+                    checkpoints=str(checkpoints),
+                    resume_from=None if last is None else str(last),
+                )
+                result = _run(_packed(training, options), held_out, spec, launcher, report)
+            is_trained = True
+            if output.exists() and (not output.is_dir() or any(output.iterdir())):
+                raise StorageError(f"{output} was made by somebody else meanwhile", f"the trained model is in {model}")
+            with complete_or_absent(output) as folder:
+                for path in model.iterdir():
+                    path.rename(folder / path.name)
+        except OSError as error:
+            raise StorageError(f"cannot write beside {output}: {error.strerror or error}") from error
+        finally:
+            if not is_trained and not any(checkpoints.glob(f"checkpoint-*/{COMPLETE}")):
+                shutil.rmtree(checkpoints, ignore_errors=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return result
+
+
+@contextmanager
+def _held(checkpoints: Path) -> Iterator[None]:
+    """Keep every other training out of the folder; the lock ends with this process, however that ends."""
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        (checkpoints / _ORIGIN).write_text(json.dumps(origin))
-        # Within the checkpoints, so that a training that is killed leaves one folder and no other.
-        model = checkpoints / "model"
-        shutil.rmtree(model, ignore_errors=True)
-        with LocalLauncher("oatlite-") as launcher:
-            spec = RankSpec(
-                options=options,
-                habits=habits,
-                folder=str(model),
-                private=str(launcher.private_dir),
-                checkpoints=str(checkpoints),
-                resume_from=None if last is None else str(last),
-            )
-            result = _run(_packed(training, options), held_out, spec, launcher, report)
-        is_trained = True
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise StorageError(f"{output} was made by somebody else meanwhile", f"the trained model is in {model}")
-        with complete_or_absent(output) as folder:
-            for path in model.iterdir():
-                path.rename(folder / path.name)
+        lock = (checkpoints / _LOCK).open("w")
     except OSError as error:
-        raise StorageError(f"cannot write beside {output}: {error.strerror or error}") from error
-    finally:
-        if not is_trained and not any(checkpoints.glob(f"checkpoint-*/{COMPLETE}")):
-            shutil.rmtree(checkpoints, ignore_errors=True)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return result
+        raise StorageError(f"cannot write beside {checkpoints}: {error.strerror or error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"a training towards {checkpoints} is going on", "give another --output") from None
+        yield
 
 
 def _packed(rows: Dataset, options: TuningOptions) -> Dataset:
@@ -131,6 +152,16 @@ def _fingerprint(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
+def _digest_of(model: str) -> str | None:
+    """Of the files that weights of a folder lie in; a hub id stands for itself."""
+    digest = hashlib.blake2b(digest_size=16)
+    files = sorted(path for pattern in WEIGHTS for path in Path(model).glob(pattern))
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if files else None
+
+
 def _check_origin(checkpoints: Path, origin: dict[str, Any]) -> None:
     try:
         before = json.loads((checkpoints / _ORIGIN).read_text())
@@ -139,7 +170,9 @@ def _check_origin(checkpoints: Path, origin: dict[str, Any]) -> None:
     differs = sorted(key for key in origin if before.get(key) != origin[key])
     if differs:
         key = differs[0]
-        was = "other rows" if key == "rows" else f"{key} = {before.get(key)}, and not {origin[key]}"
+        was = f"{key} = {before.get(key)}, and not {origin[key]}"
+        if key in ("rows", "weights"):
+            was = f"other {key}"
         raise ConfigError(
             f"{checkpoints} is of a training with {was}", "repeat its command with --resume, or remove that folder"
         )

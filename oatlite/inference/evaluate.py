@@ -24,6 +24,7 @@ from oatlite.maths.intervals import wilson_interval
 from oatlite.model_checks import check_language_model
 from oatlite.oracle_checks import check_oracle_models, try_oracles
 from oatlite.oracles import PreferenceOracle, Verdicts
+from oatlite.oracles.base import wins
 from oatlite.oracles.best_of import best_of
 from oatlite.output_file import json_lines, require_writable, write_complete
 
@@ -174,8 +175,8 @@ def _summary(
     verdicts: Verdicts,
     kl: Divergence | None,
 ) -> Evaluation:
-    wins = verdicts.first_win[verdicts.is_valid].astype(np.float64)
-    num_wins = float((wins > 0.5).sum() + 0.5 * (wins == 0.5).sum())
+    num_judged = int(verdicts.is_valid.sum())
+    num_wins = sum(wins(verdicts))
     assert options.config.model.path is not None
 
     def mean(values: Any) -> float:
@@ -194,10 +195,10 @@ def _summary(
         against=options.against,
         num_prompts=len(prompts),
         num_dropped=prompts.num_dropped,
-        num_judged=len(wins),
-        win_rate=num_wins / len(wins) if len(wins) else float("nan"),
-        interval=wilson_interval(num_wins, len(wins)),
-        win_probability=mean(wins),
+        num_judged=num_judged,
+        win_rate=num_wins / num_judged if num_judged else float("nan"),
+        interval=wilson_interval(num_wins, num_judged),
+        win_probability=mean(verdicts.first_win[verdicts.is_valid].astype(np.float64)),
         reward=reward(verdicts.first_scores),
         opponent_reward=reward(verdicts.second_scores),
         response_tokens=mean(ours.num_tokens),

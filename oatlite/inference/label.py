@@ -21,7 +21,7 @@ from oatlite.fitting import Report
 from oatlite.inference.judging import in_blocks, open_oracle
 from oatlite.oracle_checks import check_oracle_models, try_oracles
 from oatlite.oracles import Verdicts, draw_verdicts, trainable_pairs
-from oatlite.oracles.base import reward_margins
+from oatlite.oracles.base import flipped, reward_margins
 from oatlite.output_file import json_lines, require_writable, write_complete
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def labelled(pairs: Pairs, verdicts: Verdicts, config: Config) -> tuple[list[dic
     of an oracle that only compares the log-odds: low and negative where a verdict was flipped."""
     feedback = config.oracle.feedback
     drawn = draw_verdicts(verdicts.first_win, verdicts.is_valid, feedback, _draws(config, VERDICT_DRAWS))
-    is_flipped = _draws(config, FLIP_DRAWS).random(len(drawn)) < config.oracle.flip_prob
+    is_flipped = flipped(len(drawn), config.oracle.flip_prob, _draws(config, FLIP_DRAWS))
     first_wins = drawn ^ is_flipped
     trainable = trainable_pairs(verdicts, pairs.first, pairs.second, feedback)
     equal = np.array([a == b for a, b in zip(pairs.first, pairs.second, strict=True)])

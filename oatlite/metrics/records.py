@@ -37,9 +37,12 @@ STEP_KEYS = (
     "staleness",
     "trained_pairs",
     "unusable_pairs",
+    "without_verdict",
+    "online_win_rate",
 )
 EVAL_KEYS = (
     "step",
+    "queries",
     "win_rate",
     "win_probability",
     "reward",

@@ -75,7 +75,7 @@ def _header(state: ScreenState, width: int) -> Text:
 
 def _progress(state: ScreenState, width: int) -> Text:
     step = int(state.history.last_step.get("step", 0))
-    total = state.total_steps
+    total = max(step, state.total_steps) if state.total_steps else None
     words = [f"step {step}/{total}" if total else f"step {step}"]
     speed = state.history.last_step.get("perf", {}).get("tokens_per_s")
     after = []

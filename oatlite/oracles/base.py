@@ -23,13 +23,14 @@ class Verdicts:
     ``first_win`` (B,) float32 in [0, 1] is the probability that the first response is better. ``is_valid`` (B,) says
     where the oracle could answer at all; elsewhere ``first_win`` means nothing, and the pair carries no weight.
     ``first_scores`` and ``second_scores`` (B,) float32 are rewards, NaN where there is none; None for an oracle
-    that only compares.
+    that only compares. ``num_failures`` counts the requests that failed on the way and were made again.
     """
 
     first_win: Floats
     is_valid: Flags
     first_scores: Floats | None = None
     second_scores: Floats | None = None
+    num_failures: int = 0
 
     def __len__(self) -> int:
         return len(self.first_win)
@@ -150,6 +151,16 @@ def draw_verdicts(
     draws = rng.random(len(first_win))
     bar = draws if feedback == "bernoulli" else 0.5
     return is_valid & (first_win > bar)
+
+
+def wins(verdicts: Verdicts) -> list[float]:
+    """Of each valid verdict whether the first response wins: 1 or 0, and 0.5 for a probability of exactly that."""
+    return [0.5 if win == 0.5 else float(win > 0.5) for win in verdicts.first_win[verdicts.is_valid].tolist()]
+
+
+def flipped(count: int, flip_prob: float, rng: np.random.Generator) -> Flags:
+    """Which of ``count`` labels noise turns around, (count,) bool: each with ``flip_prob``, by one draw for each."""
+    return rng.random(count) < flip_prob
 
 
 def reward_margins(verdicts: Verdicts) -> Floats:

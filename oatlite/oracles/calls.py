@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import ipaddress
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,7 +26,12 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 MAX_BAD_ANSWERS = 3
 AGAIN = (408, 409, 425, 429, *range(500, 600))
 REFUSED = (401, 403)
+SPENT = "insufficient_quota"
+"""In a 429 of OpenAI's: the account has no money left, which no pause mends."""
 MAX_SHOWN = 200
+MASK = "***"
+
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each request
 
 
 class BadAnswer(Exception):
@@ -38,6 +45,16 @@ class _Failed(Exception):
         super().__init__(why)
         self.pause_s = pause_s
         self.is_bad_answer = is_bad_answer
+
+
+class _Refused(Exception):
+    """The server will not answer a request, however often it is made: with ``error``, unless somebody knows better."""
+
+    def __init__(self, status: int, beginning: str, error: OracleError) -> None:
+        super().__init__(status)
+        self.status = status
+        self.beginning = beginning
+        self.error = error
 
 
 class Caller:
@@ -73,36 +90,68 @@ class Caller:
         self._headers = {"Accept-Encoding": "identity", **(headers or {})}
         self._not_before = 0.0
 
-    def ask_all(self, bodies: Sequence[bytes], read: Callable[[int, bytes], T]) -> list[T]:
+    def ask_all(
+        self,
+        bodies: Sequence[bytes],
+        read: Callable[[int, bytes], T],
+        read_refusal: Callable[[int, str], T | None] = lambda status, beginning: None,
+    ) -> list[T]:
         """Post each body and give ``read(i, answer)`` of each, in order.
 
-        ``read`` raises :class:`BadAnswer` for what it cannot use. Raises OracleError, with the url, when the deadline
-        passes, when one body got MAX_BAD_ANSWERS bad answers, or when the server refuses.
+        ``read`` raises :class:`BadAnswer` for what it cannot use. Where the server refuses a request,
+        ``read_refusal(status, beginning of the answer)`` may give something in place of an answer. Raises OracleError,
+        with the url, when the deadline passes, when one body got MAX_BAD_ANSWERS bad answers, or when the server
+        refuses and that gives None.
         """
-        return self._runner.run(self._ask_all(bodies, read))
+        return self._runner.run(self._ask_all(bodies, read, read_refusal))
 
     def close(self) -> None:
         if self._client is not None:
             self._runner.run(self._client.aclose())
         self._runner.close()
 
-    async def _ask_all(self, bodies: Sequence[bytes], read: Callable[[int, bytes], T]) -> list[T]:
+    def without_secrets(self, text: str) -> str:
+        """``text`` with each secret masked, and the beginning of one that ``text`` was cut in."""
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+            cut = next((n for n in range(len(secret) - 1, 3, -1) if text.endswith(secret[:n])), 0)
+            text = text[:-cut] + MASK if cut else text
+        return text
+
+    async def _ask_all(
+        self,
+        bodies: Sequence[bytes],
+        read: Callable[[int, bytes], T],
+        read_refusal: Callable[[int, str], T | None],
+    ) -> list[T]:
         if self._client is None:
             limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
-            self._client = httpx.AsyncClient(limits=limits, headers=self._headers, timeout=None)
+            self._client = httpx.AsyncClient(
+                limits=limits,
+                headers=self._headers,
+                timeout=None,
+                trust_env=not is_on_this_machine(self.url),  # no proxy leads back here
+            )
         gate = asyncio.Semaphore(self._concurrency)
         deadline = time.monotonic() + self._deadline_s
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._ask(gate, deadline, body, partial(read, i)))
+                    group.create_task(self._ask(gate, deadline, body, partial(read, i), read_refusal))
                     for i, body in enumerate(bodies)
                 ]
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _ask(self, gate: asyncio.Semaphore, deadline: float, body: bytes, read: Callable[[bytes], T]) -> T:
+    async def _ask(
+        self,
+        gate: asyncio.Semaphore,
+        deadline: float,
+        body: bytes,
+        read: Callable[[bytes], T],
+        read_refusal: Callable[[int, str], T | None],
+    ) -> T:
         num_attempts = num_bad = 0
         while True:
             async with gate:
@@ -110,15 +159,20 @@ class Caller:
                 num_attempts += 1
                 try:
                     return read(await self._post(body, deadline))
+                except _Refused as refused:
+                    instead = read_refusal(refused.status, refused.beginning)
+                    if instead is None:
+                        raise refused.error from None
+                    return instead
                 except BadAnswer as error:
-                    failed = _Failed(self._without_secrets(str(error)), is_bad_answer=True)
+                    failed = _Failed(self.without_secrets(str(error)), is_bad_answer=True)
                 except _Failed as error:
                     failed = error
             self.num_failures += 1
             num_bad += failed.is_bad_answer
             pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (num_attempts - 1))
             if failed.pause_s is not None:
-                pause_s = failed.pause_s
+                pause_s = max(FIRST_PAUSE_S, failed.pause_s)
                 self._not_before = max(self._not_before, time.monotonic() + pause_s)
             if num_bad >= MAX_BAD_ANSWERS or time.monotonic() + pause_s >= deadline:
                 times = "once" if num_attempts == 1 else f"{num_attempts} times"
@@ -139,45 +193,59 @@ class Caller:
         timeout_s = min(self._timeout_s, max(0.0, deadline - time.monotonic()))
         try:
             async with asyncio.timeout(timeout_s), self._client.stream("POST", self.url, content=body) as response:
-                answer = await self._read(response)
-                self._check_status(response, answer)
-                return answer
+                if response.status_code != 200:
+                    raise self._failure(response, await _beginning(response))
+                return await self._read(response)
         except TimeoutError:
-            raise _Failed(f"gave no answer within {timeout_s:.0f} s") from None
+            raise _Failed(f"gave no answer within {timeout_s:.3g} s") from None
         except httpx.HTTPError as error:
-            raise _Failed(f"cannot be reached: {type(error).__name__} {self._without_secrets(str(error))}") from None
+            raise _Failed(f"cannot be reached: {type(error).__name__} {self.without_secrets(str(error))}") from None
 
     async def _read(self, response: httpx.Response) -> bytes:
-        encoding = response.headers.get("content-encoding", "identity")
-        if encoding != "identity":
-            raise BadAnswer(f"answers in the encoding {encoding[:MAX_SHOWN]}, which was not asked for")
-        parts, size = [], 0
+        if _encoding(response) != "identity":
+            raise BadAnswer(f"answers in the encoding {_encoding(response)[:MAX_SHOWN]}, which was not asked for")
+        answer = bytearray()  # not a list of parts: an answer may come byte by byte
         async for part in response.aiter_raw():
-            size += len(part)
-            if size > self._max_answer_bytes:
+            answer += part
+            if len(answer) > self._max_answer_bytes:
                 raise BadAnswer(f"answers with more than {self._max_answer_bytes} bytes")
-            parts.append(part)
-        return b"".join(parts)
+        return bytes(answer)
 
-    def _check_status(self, response: httpx.Response, answer: bytes) -> None:
+    def _failure(self, response: httpx.Response, beginning: str) -> _Failed | _Refused:
+        """What to raise for a status that is not 200."""
         code = response.status_code
-        if code == 200:
-            return
         if code in REFUSED:  # what it says of the key may hold the key
-            raise self._error(f"refuses us with {code}")
-        words = self._without_secrets(" ".join(answer[: 4 * MAX_SHOWN].decode("utf-8", "replace").split()))
-        why = f"answers {code} {words[:MAX_SHOWN]}".rstrip()
-        if code not in AGAIN:
-            raise self._error(why)
-        raise _Failed(why, _retry_after(response.headers.get("retry-after")))
+            return _Refused(code, beginning, self._error(f"refuses us with {code}"))
+        why = f"answers {code} {self.without_secrets(beginning)[:MAX_SHOWN]}".rstrip()
+        if code not in AGAIN or SPENT in beginning:
+            return _Refused(code, beginning, self._error(why))
+        return _Failed(why, _retry_after(response.headers.get("retry-after")))
 
     def _error(self, why: str) -> OracleError:
         return OracleError(f"{self.what} at {self.url} {why}")
 
-    def _without_secrets(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+
+def is_on_this_machine(url: str) -> bool:
+    host = httpx.URL(url).host
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _encoding(response: httpx.Response) -> str:
+    return response.headers.get("content-encoding", "").strip().lower() or "identity"
+
+
+async def _beginning(response: httpx.Response) -> str:
+    """The first words of an answer that is an error, on one line; of one that is encoded, none."""
+    answer = bytearray()
+    if _encoding(response) == "identity":
+        async for part in response.aiter_raw():
+            answer += part
+            if len(answer) > 4 * MAX_SHOWN:
+                break
+    return " ".join(answer[: 4 * MAX_SHOWN].decode("utf-8", "replace").split())
 
 
 def _retry_after(header: str | None) -> float | None:

@@ -8,7 +8,6 @@ With a chat template, the template alone says how the text looks and where it en
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from oatlite.continuations import join
 from oatlite.errors import ConfigError, OracleError
 from oatlite.models import LayoutName, TokenPair, lay_out
 from oatlite.oracles.base import Floats, RewardOracle
+from oatlite.oracles.conversations import messages_of
 from oatlite.oracles.loading import TRAIN_ONE, load_tokenizer, read_config, torch_dtype
 from oatlite.oracles.sequences import batches, longest_first, pad
 from oatlite.shared_attention import install
@@ -199,7 +199,7 @@ class RewardModelOracle(RewardOracle):
         return ids
 
     def _templated(self, prompt: str, response: str) -> list[int]:
-        messages = [*_messages(prompt), {"role": "assistant", "content": response}]
+        messages = [*messages_of(prompt), {"role": "assistant", "content": response}]
         return self._ids(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
     @torch.inference_mode()
@@ -231,17 +231,6 @@ def _with_prefix(sequences: Sequence[Sequence[int]]) -> TokenPair:
     differs = np.flatnonzero(first[:shortest] != second[:shortest])
     length = int(differs[0]) if len(differs) else shortest
     return TokenPair(prompt=first[:length], chosen=first[length:], rejected=second[length:])
-
-
-def _messages(prompt: str) -> list[dict[str, str]]:
-    if prompt.startswith('[{"role"'):
-        try:
-            messages = json.loads(prompt)
-        except json.JSONDecodeError:
-            messages = None
-        if isinstance(messages, list) and all(isinstance(m, dict) and set(m) == {"role", "content"} for m in messages):
-            return messages
-    return [{"role": "user", "content": prompt}]
 
 
 def _load_model(path: str, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:

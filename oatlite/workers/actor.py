@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 
 import numpy as np
 
+from oatlite.config.schema import Config
 from oatlite.engine import WARM_UP_TOKENS, Engine, EngineOptions
 from oatlite.errors import WorkerDied
 from oatlite.lora import adapter_of
@@ -45,16 +47,26 @@ def run_actor(spec: WorkerSpec, lifeline: Lifeline) -> None:
     engine = Engine(_engine_options(spec))
     lifeline.stage("starting", "oracle")
     with engine.hugging_face_models():
-        oracle = build_oracle(spec.config.oracle.path, spec.config, device=spec.device)
+        oracles = build_oracles(spec.config, device=spec.device)
     lifeline.stage("starting", "warm-up")
     longest = max(1, min(16, spec.max_model_len - WARM_UP_TOKENS))
     log.info("warmed up in %.1f s", engine.warm_up(np.arange(1, 1 + longest, dtype=np.int32)))
     rank = spec.learner_of(spec.index)
     spoke = Spoke(address(spec.private_dir, rollout_socket(rank)), spec.role, spec.run_id)
     try:
-        Actor(spec, engine, oracle, spoke, lifeline).serve()
+        Actor(spec, engine, oracles, spoke, lifeline).serve()
     finally:
         spoke.close(flush_s=5.0)
+
+
+def build_oracles(config: Config, *, device: str) -> dict[str, PreferenceOracle]:
+    """The oracle of training, and that of evaluation, which is the same one where nothing else is asked for."""
+    names = config.oracle.path
+    training = build_oracle(names, config, device=device)
+    if config.eval.oracle in ((), names):
+        return {"train": training, "eval": training}
+    alone = config.model_copy(update={"oracle": config.oracle.model_copy(update={"weights": ()})})
+    return {"train": training, "eval": build_oracle(config.eval.oracle, alone, device=device)}
 
 
 def _engine_options(spec: WorkerSpec) -> EngineOptions:
@@ -78,11 +90,16 @@ class Actor:
     """Holds the weights of one policy version at a time, and generates with no other."""
 
     def __init__(
-        self, spec: WorkerSpec, engine: Engine, oracle: PreferenceOracle, spoke: Spoke, lifeline: Lifeline
+        self,
+        spec: WorkerSpec,
+        engine: Engine,
+        oracles: Mapping[str, PreferenceOracle],
+        spoke: Spoke,
+        lifeline: Lifeline,
     ) -> None:
         self._spec = spec
         self._engine = engine
-        self._oracle = oracle
+        self._oracles = oracles
         self._spoke = spoke
         self._lifeline = lifeline
         self._policy_version = 0
@@ -155,8 +172,9 @@ class Actor:
 
     def _compare(self, request: CompareRequest) -> PreferenceBatch:
         start = time.perf_counter()
-        references = request.references or None
-        verdicts = self._oracle.compare(request.prompts, request.first, request.second, references)
+        oracle, references = self._oracles[request.purpose], request.references or None
+        failures_before = oracle.num_failures
+        verdicts = oracle.compare(request.prompts, request.first, request.second, references)
         verdicts = checked(verdicts, len(request.prompts))
         return PreferenceBatch(
             run_id=request.run_id,
@@ -166,6 +184,7 @@ class Actor:
             first_scores=NO_SCORES if verdicts.first_scores is None else verdicts.first_scores,
             second_scores=NO_SCORES if verdicts.second_scores is None else verdicts.second_scores,
             oracle_s=time.perf_counter() - start,
+            num_failures=oracle.num_failures - failures_before,
         )
 
     def _load(self, offer: BucketReady, reader: WeightReader) -> BucketLoaded:

@@ -12,7 +12,7 @@ from oatlite.messages import Int32, UInt64
 from oatlite.metrics.records import Kind, Mean
 from oatlite.oracles.base import Verdicts
 from oatlite.workers.buffer import TrainingPair
-from oatlite.workers.rollout import ParameterSource, SamplingOptions
+from oatlite.workers.rollout import ParameterSource, Purpose, SamplingOptions
 from oatlite.workers.update import UpdateStats
 
 if TYPE_CHECKING:
@@ -29,7 +29,13 @@ class Actors(Protocol):
         self, prompts: Sequence[Int32], seeds: UInt64, samplers: Sequence[str], sampling: SamplingOptions
     ) -> tuple[list[list[Candidate]], float]: ...
     def compare(
-        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], references: Sequence[str] | None
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        references: Sequence[str] | None,
+        *,
+        purpose: Purpose = "train",
     ) -> tuple[Verdicts, float]: ...
     def sync(self, version: int, source: ParameterSource) -> list[str]: ...
 
@@ -41,7 +47,9 @@ class Updates(Protocol):
 class Collects(Protocol):
     """The sampling half of a step, or what stands for it."""
 
-    def collect(self, step: int) -> Rollouts: ...
+    def collect(self, step: int, num_queries: int) -> Rollouts:
+        """The pairs of ``step`` (from 1), ``num_queries`` oracle queries having been made before."""
+        ...
 
 
 class Judges(Protocol):

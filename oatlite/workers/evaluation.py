@@ -1,14 +1,18 @@
-"""Evaluation: the newest policy, greedy, against the dataset's answers to held-out prompts."""
+"""Evaluation: the newest policy, greedy or by the best of several samples, against the dataset's answers to held-out
+prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from oatlite.algorithms.base import Candidate
 from oatlite.config.schema import Config
 from oatlite.data import PromptSet
 from oatlite.metrics.records import Mean
-from oatlite.oracles.base import Verdicts
+from oatlite.oracles.base import Verdicts, wins
+from oatlite.oracles.best_of import best_of
 from oatlite.workers.contracts import Actors, Share
 from oatlite.workers.experience import EVAL_SEEDS, sample_seeds, sampling_options
 from oatlite.workers.gold import GoldScore
@@ -39,18 +43,16 @@ class Judge:
         held_out = self._held_out
         assert held_out.references is not None
         mine: Sequence[int] = self._share.of(range(len(held_out)))
-        seeds = sample_seeds(self._config.run.seed, EVAL_SEEDS, 0, held_out.rows[list(mine)].tolist(), 1)
-        greedy = sampling_options(self._config.sampling, is_greedy=True)
-        candidates, _ = self._actors.generate([held_out.tokens[i] for i in mine], seeds, ["policy"], greedy)
         prompts = [held_out.raw_texts[i] for i in mine]
-        responses = [found[0].text for found in candidates]
         references = [held_out.references[i] for i in mine]
-        verdicts, _ = self._actors.compare(prompts, responses, references, references)
+        answers = self._answer(mine, prompts, references)
+        responses = [answer.text for answer in answers]
+        verdicts, _ = self._actors.compare(prompts, responses, references, references, purpose="eval")
         means = _oracle_means(verdicts)
         means["response_tokens"], means["truncated"] = Mean(), Mean()
-        for found in candidates:
-            means["response_tokens"].add(len(found[0].tokens))
-            means["truncated"].add(float(not found[0].is_finished))
+        for answer in answers:
+            means["response_tokens"].add(len(answer.tokens))
+            means["truncated"].add(float(not answer.is_finished))
         rows = [
             {"prompt": prompt, "response": response, "reference": reference, **_verdict(verdicts, i)}
             for i, (prompt, response, reference) in enumerate(zip(prompts, responses, references, strict=True))
@@ -63,12 +65,29 @@ class Judge:
                     means[name].add(row[name])
         return means, rows
 
+    def _answer(self, mine: Sequence[int], prompts: Sequence[str], references: Sequence[str]) -> list[Candidate]:
+        """The greedy response to each prompt, or the sample that the oracle of training likes best."""
+        config = self._config.eval
+        sampling = sampling_options(self._config.sampling, is_greedy=config.best_of_n == 1)
+        if config.best_of_n > 1:
+            sampling = replace(sampling, temperature=config.best_of_n_temperature)
+        rows = self._held_out.rows[list(mine)].tolist()
+        seeds = sample_seeds(self._config.run.seed, EVAL_SEEDS, 0, rows, config.best_of_n)
+        tokens = [self._held_out.tokens[i] for i in mine]
+        candidates, _ = self._actors.generate(tokens, seeds, ["policy"] * config.best_of_n, sampling)
+        best = best_of(
+            lambda *pairs: self._actors.compare(*pairs)[0],
+            prompts,
+            [[candidate.text for candidate in found] for found in candidates],
+            references,
+        )
+        return [found[n] for found, n in zip(candidates, best, strict=True)]
+
 
 def _oracle_means(verdicts: Verdicts) -> dict[str, Mean]:
     means = {name: Mean() for name in ("win_rate", "win_probability", "reward", "reference_reward")}
-    wins = verdicts.first_win[verdicts.is_valid].tolist()
-    means["win_probability"].extend(wins)
-    means["win_rate"].extend(0.5 if win == 0.5 else float(win > 0.5) for win in wins)
+    means["win_probability"].extend(verdicts.first_win[verdicts.is_valid].tolist())
+    means["win_rate"].extend(wins(verdicts))
     for name, scores in (("reward", verdicts.first_scores), ("reference_reward", verdicts.second_scores)):
         if scores is not None:
             means[name].extend(scores[verdicts.is_valid].tolist())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from oatlite.algorithms.base import Algorithm, Candidate, CandidateSet
 from oatlite.config.schema import Config, SamplingConfig
@@ -15,21 +16,23 @@ from oatlite.errors import ConfigError
 from oatlite.messages import UInt64
 from oatlite.metrics.records import Mean
 from oatlite.models import TokenPair
-from oatlite.oracles.base import Verdicts, draw_verdicts, reward_margins, trainable_pairs
+from oatlite.oracles.base import Verdicts, draw_verdicts, flipped, reward_margins, trainable_pairs, wins
 from oatlite.seeds import seed_of
 from oatlite.workers.buffer import TrainingPair
 from oatlite.workers.contracts import Actors, Share, Shows
 from oatlite.workers.gold import GoldScore
 from oatlite.workers.rollout import SamplingOptions
 
-TRAIN_SEEDS, EVAL_SEEDS, SELECT_DRAWS, VERDICT_DRAWS = range(4)
+TRAIN_SEEDS, EVAL_SEEDS, SELECT_DRAWS, VERDICT_DRAWS, FLIP_DRAWS = range(5)
 
 
 @dataclass(slots=True, kw_only=True)
 class Rollouts:
     """One rank's part of a step: the pairs to train on, and what is known about the samples. Times in seconds.
 
-    Where the pairs were not sampled but read, there is no ``policy_version``, and no time was spent.
+    ``num_queries`` pairs the oracle was asked about, on ``num_without_verdict`` of which it gave none, and
+    ``num_failures`` requests to it were made again. Where the pairs were not sampled but read, there is no
+    ``policy_version``, and no time was spent.
     """
 
     policy_version: int | None
@@ -38,6 +41,9 @@ class Rollouts:
     means: dict[str, Mean]
     rows: list[dict[str, Any]] = field(default_factory=list)
     num_tokens: int = 0
+    num_queries: int = 0
+    num_without_verdict: int = 0
+    num_failures: int = 0
     generate_s: float | None = None
     score_s: float | None = None
 
@@ -63,9 +69,14 @@ class Experience:
         self._shows = shows
         self._gold = gold
 
-    def collect(self, step: int) -> Rollouts:
-        """The rollouts of ``step`` (from 1) with the policy that the actors hold."""
+    def collect(self, step: int, num_queries: int) -> Rollouts:
+        """The rollouts of ``step`` (from 1) with the policy that the actors hold.
+
+        Prompts are taken only as far as ``data.max_queries`` reaches, of which ``num_queries`` are spent.
+        """
         of_step, epoch = rows_of_step(len(self._prompts), step, self._config)
+        if self._config.data.max_queries is not None:
+            of_step = of_step[: self._config.data.max_queries - num_queries]
         indices: list[int] = self._share.of(of_step)
         samplers = list(self._algorithm.sampling_plan())
         seeds = sample_seeds(
@@ -90,25 +101,63 @@ class Experience:
         contests = [sets[duel.prompt] for duel in duels]
         first = [contest.candidates[duel.first] for contest, duel in zip(contests, duels, strict=True)]
         second = [contest.candidates[duel.second] for contest, duel in zip(contests, duels, strict=True)]
-        references = self._prompts.references
+        all_references = self._prompts.references
+        references = None
+        if all_references is not None:
+            references = [all_references[indices[duel.prompt]] for duel in duels]
         with self._shows.doing("score", f"step {step}"):
-            verdicts, score_s = self._actors.compare(
-                [contest.prompt for contest in contests],
-                [candidate.text for candidate in first],
-                [candidate.text for candidate in second],
-                [references[indices[duel.prompt]] for duel in duels] if references is not None else None,
-            )
+            verdicts, num_asked, score_s = self._ask(contests, first, second, references)
         rollouts = Rollouts(
             policy_version=self._actors.policy_version,
             epoch=epoch,
             pairs=[],
             means=_sample_means(first, second, verdicts),
             num_tokens=sum(len(candidate.tokens) for candidates in found for candidate in candidates),
+            num_queries=num_asked,
+            num_without_verdict=num_asked - int(verdicts.is_valid.sum()),
+            num_failures=verdicts.num_failures,
             generate_s=generate_s,
             score_s=score_s,
         )
         self._add_pairs(rollouts, step, contests, first, second, verdicts)
+        if self._config.eval.online and references is not None:
+            with self._shows.doing("score", f"step {step} against references"):
+                rollouts.means["online_win_rate"] = self._win_rate(contests, [first, second], references)
         return rollouts
+
+    def _ask(
+        self,
+        contests: Sequence[CandidateSet],
+        first: Sequence[Candidate],
+        second: Sequence[Candidate],
+        references: Sequence[str] | None,
+    ) -> tuple[Verdicts, int, float]:
+        """The verdicts, how many pairs were asked about, and seconds. Of two equal texts neither is better, and no
+        query is spent on that."""
+        asked = [b for b in range(len(contests)) if first[b].text != second[b].text]
+        verdicts, score_s = self._actors.compare(
+            [contests[b].prompt for b in asked],
+            [first[b].text for b in asked],
+            [second[b].text for b in asked],
+            [references[b] for b in asked] if references is not None else None,
+        )
+        return spread(verdicts, asked, len(contests)), len(asked), score_s
+
+    def _win_rate(
+        self, contests: Sequence[CandidateSet], sides: Sequence[Sequence[Candidate]], references: Sequence[str]
+    ) -> Mean:
+        """How often a response of either side beats the dataset's answer, by the oracle of evaluation."""
+        answers = list(references) * len(sides)
+        verdicts, _ = self._actors.compare(
+            [contest.prompt for _ in sides for contest in contests],
+            [candidate.text for side in sides for candidate in side],
+            answers,
+            answers,
+            purpose="eval",
+        )
+        rate = Mean()
+        rate.extend(wins(verdicts))
+        return rate
 
     def _add_pairs(
         self,
@@ -123,6 +172,9 @@ class Experience:
         first_wins = draw_verdicts(verdicts.first_win, verdicts.is_valid, feedback, self._draws(VERDICT_DRAWS, step))
         trainable = trainable_pairs(verdicts, [c.text for c in first], [c.text for c in second], feedback)
         margins = reward_margins(verdicts)
+        turned = flipped(len(contests), self._config.oracle.flip_prob, self._draws(FLIP_DRAWS, step))
+        turned &= verdicts.is_valid
+        first_wins, margins = first_wins ^ turned, np.where(turned, -margins, margins)
         for b, contest in enumerate(contests):
             chosen, rejected = (first[b], second[b]) if first_wins[b] else (second[b], first[b])
             rollouts.pairs.append(
@@ -144,6 +196,8 @@ class Experience:
                 "samplers": [chosen.sampler, rejected.sampler],
                 "is_finished": [chosen.is_finished, rejected.is_finished],
             }
+            if turned[b]:
+                row["is_flipped"] = True
             if self._gold is not None:
                 row["gold_scores"] = [self._gold(contest.prompt, text) for text in (chosen.text, rejected.text)]
                 rollouts.means["gold_score"].extend(row["gold_scores"])
@@ -158,8 +212,6 @@ def rows_of_step(num_rows: int, step: int, config: Config) -> tuple[list[int], i
     per_step = config.rollout.prompts_per_step
     epoch, position = divmod(step - 1, num_rows // per_step)
     of_step = epoch_order(num_rows, epoch, config.run.seed)[position * per_step : (position + 1) * per_step]
-    if config.data.max_queries is not None:
-        of_step = of_step[: max(0, config.data.max_queries - (step - 1) * per_step)]
     return of_step.tolist(), epoch
 
 
@@ -179,6 +231,27 @@ def sample_seeds(run_seed: int, purpose: int, epoch: int, rows: Sequence[int], n
     """
     seeds = [seed_of(run_seed, purpose, epoch, row, sample) for row in rows for sample in range(num_samples)]
     return np.array(seeds, np.uint64).reshape(len(rows), num_samples)
+
+
+def spread(verdicts: Verdicts, asked: Sequence[int], count: int) -> Verdicts:
+    """``verdicts`` on the pairs ``asked``, as verdicts on all ``count`` pairs, the others being not valid."""
+    if len(asked) == count:
+        return verdicts
+
+    def wide(values: npt.NDArray[Any] | None, fill: float | bool) -> Any:
+        if values is None:
+            return None
+        out = np.full(count, fill, values.dtype)
+        out[list(asked)] = values
+        return out
+
+    return Verdicts(
+        first_win=wide(verdicts.first_win, 0.5),
+        is_valid=wide(verdicts.is_valid, False),
+        first_scores=wide(verdicts.first_scores, np.nan),
+        second_scores=wide(verdicts.second_scores, np.nan),
+        num_failures=verdicts.num_failures,
+    )
 
 
 def _sample_means(first: Sequence[Candidate], second: Sequence[Candidate], verdicts: Verdicts) -> dict[str, Mean]:

@@ -64,7 +64,7 @@ class Learner:
             self.evaluate(0)
         for step in range(self._progress.step + 1, self._num_steps + 1):
             clock = _Clock()
-            rollouts = self._experience.collect(step)
+            rollouts = self._experience.collect(step, self._progress.num_queries)
             clock.lap("collect_s")
             with self._shows.doing("learn", f"step {step}"):
                 stats = self._updater.learn(rollouts.pairs, step)
@@ -73,16 +73,32 @@ class Learner:
                 with self._shows.doing("sync", f"version {step}"):
                     self._actors.sync(step, self._policies.adopt())
             clock.lap("sync_s")
+            before = self._progress.num_queries
             self._report(step, rollouts, stats, clock)
-            if step % config.eval.every == 0 or step == self._num_steps:
+            is_last = step == self._num_steps or self._is_spent()
+            if is_last or self._is_evaluation_due(step, before):
                 self.evaluate(step)
-            is_stopping = step < self._num_steps and self._ranks.maximum(float(self._is_stop_asked())) > 0
+            is_stopping = not is_last and self._ranks.maximum(float(self._is_stop_asked())) > 0
             if self._keeper is not None and (is_stopping or step % config.checkpoint.save_every == 0):
                 with self._shows.doing("save", f"step {step}"):
                     self._keeper.save(self._progress)
             if is_stopping:
                 return False
+            if is_last:
+                break
         return True
+
+    def _is_spent(self) -> bool:
+        """Whether the budget of oracle queries is used up."""
+        most = self._config.data.max_queries
+        return most is not None and self._progress.num_queries >= most
+
+    def _is_evaluation_due(self, step: int, queries_before: int) -> bool:
+        """Every so many steps, or when the queries of this step have crossed a multiple of ``every_queries``."""
+        every = self._config.eval.every_queries
+        if every is None:
+            return step % self._config.eval.every == 0
+        return self._progress.num_queries // every > queries_before // every
 
     def evaluate(self, step: int) -> None:
         """Judge the newest policy, that of ``step``."""
@@ -95,7 +111,10 @@ class Learner:
         clock.lap("eval_s")
         if self._journal is not None:
             self._journal.evaluation(step, all_rows)
-            self._journal.record("eval", step=step, prompts=self._judge.num_prompts, perf=clock.laps, **means)
+            queries = self._progress.num_queries if self._actors is not None else None
+            self._journal.record(
+                "eval", step=step, queries=queries, prompts=self._judge.num_prompts, perf=clock.laps, **means
+            )
 
     @contextmanager
     def _newest_at_actors(self, step: int) -> Iterator[None]:
@@ -113,11 +132,13 @@ class Learner:
         """Add the ranks' numbers up and write the record of the step."""
         means = self._add_up(rollouts.means | stats.means())
         num_trained = sum(pair.is_trainable for pair in rollouts.pairs)
-        pairs, trained, tokens = map(int, self._ranks.add_up([len(rollouts.pairs), num_trained, rollouts.num_tokens]))
+        counts = [len(rollouts.pairs), num_trained, rollouts.num_tokens, rollouts.num_queries]
+        counts += [rollouts.num_failures, rollouts.num_without_verdict]
+        pairs, trained, tokens, queries, failures, without_verdict = map(int, self._ranks.add_up(counts))
         actors, sampled_with = self._actors, rollouts.policy_version
         self._progress = Progress(
             step=step,
-            num_queries=self._progress.num_queries + (pairs if actors is not None else 0),
+            num_queries=self._progress.num_queries + queries,
             policy_version=actors.policy_version if actors is not None else step,
         )
         rows = self._gather(rollouts.rows)
@@ -136,6 +157,8 @@ class Learner:
         }
         if actors is not None and rollouts.generate_s is not None:
             perf |= {"reload_s": actors.reload_s, "tokens_per_s": tokens / max(rollouts.generate_s, 1e-9)}
+        if failures:
+            perf["oracle_failures"] = failures
         self._journal.record(
             "step",
             step=step,
@@ -148,6 +171,7 @@ class Learner:
             staleness=step - 1 - sampled_with if sampled_with is not None else None,
             trained_pairs=trained,
             unusable_pairs=pairs - trained,
+            without_verdict=without_verdict if actors is not None else None,
             perf=perf | self._measure() | {"step_s": clock.total()},
             **means,
         )

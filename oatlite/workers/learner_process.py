@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ORACLE_SLACK_S = 30.0
+"""A server that fails until its deadline is told by the actor that asked it, before its actor counts as silent."""
+
 
 def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     """Load, meet the other ranks and the actors, run the loop, write the final policy."""
@@ -102,7 +105,7 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     lifeline.stage("idle")
     is_complete = Learner(
         config=config,
-        num_steps=spec.num_steps,
+        num_steps=spec.most_steps,
         experience=experience,
         judge=judge,
         actors=pool,
@@ -258,7 +261,7 @@ def _connect(
         Deadlines(
             start_s=timeouts.start_s,
             generate_s=timeouts.generate_s,
-            oracle_s=timeouts.oracle_s,
+            oracle_s=timeouts.oracle_s + ORACLE_SLACK_S,
             sync_s=timeouts.sync_s,
         ),
         WeightExporter(layout, buffer),

@@ -43,8 +43,9 @@ class RecordedExperience:
         self._share = share
         self._preferences = preferences
 
-    def collect(self, step: int) -> Rollouts:
+    def collect(self, step: int, num_queries: int) -> Rollouts:
         """The pairs of ``step`` (from 1)."""
+        del num_queries  # nothing is asked
         rows, epoch = rows_of_step(len(self._preferences), step, self._config)
         pairs = [training_pair(self._preferences, i) for i in self._share.of(rows)]
         lengths = Mean()

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ from oatlite.weights import WeightExporter
 
 Request = TypeVar("Request", GenerateRequest, CompareRequest)
 Answer = TypeVar("Answer", CandidateBatch, PreferenceBatch)
+
+Purpose = Literal["train", "eval"]
 
 # Opens the parameters with these names for reading, and closes them again.
 ParameterSource = Callable[[Sequence[str]], AbstractContextManager[Callable[[str], torch.Tensor]]]
@@ -140,13 +142,19 @@ class ActorPool:
         first: Sequence[str],
         second: Sequence[str],
         references: Sequence[str] | None = None,
+        *,
+        purpose: Purpose = "train",
     ) -> tuple[Verdicts, float]:
-        """Ask the oracle on B pairs. Returns verdicts and the longest time that an actor's oracle took, in seconds."""
+        """Ask an oracle on B pairs: the one of training, or that of evaluation, which may be the same.
+
+        Returns verdicts and the longest time that an actor's oracle took, in seconds.
+        """
         parts = self._split(len(prompts))
         requests = {
             peer: CompareRequest(
                 run_id=self._run_id,
                 batch_id=self._next_batch_id(),
+                purpose=purpose,
                 prompts=list(prompts[part]),
                 first=list(first[part]),
                 second=list(second[part]),
@@ -162,6 +170,7 @@ class ActorPool:
             is_valid=np.concatenate([batch.is_valid for batch in batches] or [np.zeros(0, bool)]),
             first_scores=_concatenate([batch.first_scores for batch in batches]) if has_scores else None,
             second_scores=_concatenate([batch.second_scores for batch in batches]) if has_scores else None,
+            num_failures=sum(batch.num_failures for batch in batches),
         )
         return verdicts, max((batch.oracle_s for batch in batches), default=0.0)
 

@@ -18,7 +18,8 @@ STOP_SIGNAL = signal.SIGUSR2
 
 
 class WorkerSpec(BaseModel):
-    """Lengths in tokens, ``num_steps`` and ``fingerprints`` are what the preflight found; ``device`` is ``cpu`` or
+    """Lengths in tokens, steps and ``fingerprints`` are what the preflight found (``num_steps`` those that the learning
+    rate is planned for); ``device`` is ``cpu`` or
     ``cuda``, of which the worker sees one; ``resume_from`` is the folder of a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +34,7 @@ class WorkerSpec(BaseModel):
     longest_prompt: int
     longest_response: int
     num_steps: int
+    most_steps: int
     fingerprints: dict[str, str]
     resume_from: Path | None = None
     config: Config

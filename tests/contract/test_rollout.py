@@ -30,7 +30,7 @@ from oatlite.messages import (
     cut,
     join,
 )
-from oatlite.oracles.base import Verdicts
+from oatlite.oracles.base import PreferenceOracle, Verdicts
 from oatlite.transport import Hub, Spoke, address
 from oatlite.weights import SHM_FOLDER, ShmBuffer, WeightExporter, WeightReader, plan_layout
 from oatlite.workers.actor import Actor
@@ -199,6 +199,7 @@ def compared(request, has_scores=True):
         first_scores=scores[0],
         second_scores=scores[1],
         oracle_s=float(len(first)),
+        num_failures=len(request.prompts) if request.purpose == "eval" else 0,
     )
 
 
@@ -370,6 +371,9 @@ def test_pairs_are_split_over_actors_and_their_verdicts_come_back_in_order(world
     assert verdicts.first_scores.tolist() == [1, 2, 0, 4, 5]
     assert verdicts.second_scores.tolist() == [5, 4, 3, 2, 1]
     requests = [request for actor in world.actors for request in actor.received(CompareRequest)]
+    assert {request.purpose for request in requests} == {"train"} and verdicts.num_failures == 0
+    judged, _ = pool.compare(TEXTS["prompts"], TEXTS["first"], TEXTS["second"], purpose="eval")
+    assert judged.num_failures == len(TEXTS["prompts"])
     assert len(requests) == num_actors and seconds == max(len(request.prompts) for request in requests)
     for name, texts in sent.items():
         assert [text for request in requests for text in getattr(request, name)] == texts
@@ -442,6 +446,7 @@ SPOILT_CANDIDATES = {
             first_scores=np.zeros(0, np.float32),
             second_scores=np.zeros(0, np.float32),
             oracle_s=0.0,
+            num_failures=0,
         ),
         answer,
     ],
@@ -846,8 +851,21 @@ class FakeEngine:
         self.loaded, self.loading = self.loading, None
 
 
-class LengthOracle:
-    def compare(self, prompts, first, second, references):
+class LengthOracle(PreferenceOracle):
+    """Prefers the longer; ``is_turned`` the shorter."""
+
+    def __init__(self, *, is_turned=False):
+        self.is_turned = is_turned
+        self.failures = 0
+
+    @property
+    def num_failures(self):
+        return self.failures
+
+    def compare(self, prompts, first, second, references=None):
+        self.failures += 1
+        if self.is_turned:
+            first, second = second, first
         firsts, seconds = (np.array([len(text) for text in texts], np.float32) for texts in (first, second))
         return Verdicts(first_win=firsts / (firsts + seconds), is_valid=firsts > 0)
 
@@ -869,7 +887,8 @@ class RealActor:
         self.error = None
         self._spoke = Spoke(world.where, "actor-0", world.run_id)
         spec = type("Spec", (), {"run_id": world.run_id, "role": "actor-0"})
-        self._actor = Actor(spec, self.engine, LengthOracle(), self._spoke, NoLifeline())
+        oracles = {"train": LengthOracle(), "eval": LengthOracle(is_turned=True)}
+        self._actor = Actor(spec, self.engine, oracles, self._spoke, NoLifeline())
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -902,6 +921,9 @@ def test_the_actor_of_a_run_serves_the_pool(world):
         assert_generated(generate(pool)[0])
     verdicts, _ = pool.compare(TEXTS["prompts"], TEXTS["first"], TEXTS["second"])
     assert verdicts.is_valid.tolist() == [True, True, False, True, True] and verdicts.first_scores is None
+    assert verdicts.num_failures == 1
+    judged, _ = pool.compare(TEXTS["prompts"], TEXTS["first"], TEXTS["second"], purpose="eval")
+    np.testing.assert_allclose(judged.first_win, 1 - verdicts.first_win, atol=1e-6)
     pool.stop()
     assert actor.ended() and actor.error is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -241,6 +242,16 @@ def test_a_killed_training_goes_on_to_the_same_weights(base: Path, tmp_path: Pat
     assert "type --resume" in refused(capsys, *arguments[:-1], *output)
     other = ["--lr", "2e-3", "--resume", *output]
     assert "lr = 0.001, and not 0.002" in refused(capsys, *arguments[:-1], *other)
+    with (checkpoints / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "is going on" in refused(capsys, *arguments[:-1], "--resume", *output)
+    weights_file = base / "model.safetensors"
+    kept = weights_file.read_bytes()
+    weights_file.write_bytes(kept[:-4] + bytes(4))
+    try:
+        assert "other weights" in refused(capsys, *arguments[:-1], "--resume", *output)
+    finally:
+        weights_file.write_bytes(kept)
     resumed = start(tmp_path, *arguments, "killed", "--resume")
     assert resumed.wait(120) == 0, resumed.stdout.read() if resumed.stdout else ""
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "killed")
@@ -395,6 +406,13 @@ def test_mistakes_take_one_line_and_leave_nothing(
     train = ["sft", "--model", str(base), "--data", str(data), "--output", str(tmp_path / "out")]
     assert words in refused(capsys, *train, *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_reward_model_is_no_policy_to_train(base: Path, tmp_path: Path, capsys) -> None:
+    reward = save_model(tmp_path / "reward", reward=True)
+    data = references(tmp_path / "rows.jsonl")
+    said = refused(capsys, "sft", "--model", reward, "--data", str(data), "--output", str(tmp_path / "out"))
+    assert "SequenceClassification" in said and "decoder language model" in said
 
 
 def test_wandb_is_asked_for_and_not_otherwise(base: Path, tmp_path: Path, monkeypatch) -> None:

@@ -1,5 +1,7 @@
 """A very small PairRM in the published layout, for tests that read one."""
 
+import math
+
 import torch
 from safetensors.torch import save_file
 from small_folders import byte_tokenizer
@@ -66,10 +68,61 @@ def save_pairrm(folder, *, leave_out=()):
         parts = [
             tokenizer(prefix + text)["input_ids"] for prefix, text in zip(PREFIXES, (prompt, one, other), strict=True)
         ]
-        sequence = torch.tensor([[*parts[0], *parts[1], *parts[2]]])
-        states = encoder(input_ids=sequence, attention_mask=torch.ones_like(sequence)).last_hidden_state[0]
-        source, left, right = (states[(sequence[0] == token).nonzero()[0, 0]] for token in ids)
+        sequence = torch.tensor([*parts[0], *parts[1], *parts[2]])
+        states = deberta_states(state, config, sequence)
+        source, left, right = (states[(sequence == token).nonzero()[0, 0]] for token in ids)
         scores = [output(torch.tanh(hidden(torch.cat([source, side])))) for side in (left, right)]
         return float((scores[0] - scores[1]).mean())
 
     return str(folder), logit
+
+
+def deberta_states(state, config, ids):
+    """The last hidden states (T, H) of a DeBERTa encoder, from its description alone: disentangled attention
+    (arXiv 2006.03654, equation 4) with, as in version 2, projections shared between content and position and
+    logarithmic buckets for far positions."""
+
+    def weight(name):
+        return state[f"pretrained_model.{name}"]
+
+    def linear(name, x):
+        return x @ weight(f"{name}.weight").T + weight(f"{name}.bias")
+
+    def norm(name, x):
+        centred = x - x.mean(-1, keepdim=True)
+        spread = (centred.square().mean(-1, keepdim=True) + config.layer_norm_eps).sqrt()
+        return centred / spread * weight(f"{name}.weight") + weight(f"{name}.bias")
+
+    def heads(x):
+        return x.view(len(x), config.num_attention_heads, -1).transpose(0, 1)
+
+    span, length = config.position_buckets, len(ids)
+    distances = [[bucket(i - j, span, config.max_position_embeddings) for j in range(length)] for i in range(length)]
+    index = (torch.tensor(distances) + span).clamp(0, 2 * span - 1)
+    relative = norm("encoder.LayerNorm", weight("encoder.rel_embeddings.weight"))
+    x = norm("embeddings.LayerNorm", weight("embeddings.word_embeddings.weight")[ids])
+    for n in range(config.num_hidden_layers):
+        layer = f"encoder.layer.{n}"
+        query, key, value = (
+            heads(linear(f"{layer}.attention.self.{part}_proj", x)) for part in ("query", "key", "value")
+        )
+        query_r, key_r = (heads(linear(f"{layer}.attention.self.{part}_proj", relative)) for part in ("query", "key"))
+        content = query @ key.transpose(1, 2)
+        to_position = torch.stack([(query @ key_r.transpose(1, 2))[:, i, index[i]] for i in range(length)], dim=1)
+        # The paper has the distance from j to i here; the published networks were trained with that from i to j.
+        from_position = torch.stack([(key @ query_r.transpose(1, 2))[:, j, index[:, j]] for j in range(length)], dim=2)
+        scores = (content + to_position + from_position) / (3 * query.shape[-1]) ** 0.5
+        mixed = (scores.softmax(-1) @ value).transpose(0, 1).reshape(length, -1)
+        x = norm(f"{layer}.attention.output.LayerNorm", x + linear(f"{layer}.attention.output.dense", mixed))
+        inner = torch.nn.functional.gelu(linear(f"{layer}.intermediate.dense", x))
+        x = norm(f"{layer}.output.LayerNorm", x + linear(f"{layer}.output.dense", inner))
+    return x
+
+
+def bucket(distance, num_buckets, max_distance):
+    """Near distances as they are, far ones by their logarithm."""
+    middle = num_buckets // 2
+    if abs(distance) <= middle:
+        return distance
+    share = math.log(abs(distance) / middle) / math.log((max_distance - 1) / middle)
+    return int(math.copysign(math.ceil(share * (middle - 1)) + middle, distance))

@@ -277,6 +277,35 @@ def test_files_and_presets_that_are_not_there() -> None:
     assert "--preset tldr" in refused(preset="tldt")
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"oracle.path": ["remote"]}, ["add --oracle-url http://HOST:PORT"]),
+        ({"oracle.path": ["judge"]}, ["add --judge-model NAME"]),
+        ({"eval.oracle": ["judge"]}, ["add --judge-model NAME"]),
+        ({"oracle.path": ["remote"], "remote.url": "here:80"}, ["remote.url = here:80 is no web address"]),
+        ({"oracle.path": ["http://h:8000"]}, ["type --oracle remote --oracle-url http://h:8000"]),
+        ({"oracle.path": ["gone.py:score"]}, ["there is no file gone.py"]),
+        ({"oracle.path": ["module:not-a-name"]}, ["must look like file.py:name"]),
+        ({"oracle.weights": "1,2"}, ["2 numbers", "1 oracle", "leave it out"]),
+        ({"oracle.path": ["a", "b"], "oracle.weights": "1"}, ["1 number", "2 oracles", "--oracle-weights 1,1"]),
+        ({"oracle.weights": "1,x"}, ["oracle.weights = '1,x' (--oracle-weights) must be numbers with commas"]),
+        ({"oracle.flip_prob": 1.5}, ["oracle.flip_prob = 1.5", "at most 1"]),
+    ],
+)
+def test_an_oracle_that_cannot_be_is_one_line(flags: dict[str, object], words: list[str]) -> None:
+    message = refused(preset="demo", flags=flags)
+    assert all(word in message for word in words), message
+
+
+def test_one_oracle_or_several_read_back_from_the_written_configuration(tmp_path: Path) -> None:
+    for flags in ({"oracle.path": "a"}, {"oracle.path": ["a", "b"], "oracle.weights": "0.7,0.3"}):
+        config = load_config(preset="demo", flags=flags, num_gpus=0)
+        (tmp_path / "written.toml").write_text(dump_toml(config))
+        assert load_config(file=tmp_path / "written.toml", num_gpus=0) == config
+    assert config.oracle.path == ("a", "b") and config.oracle.weights == (0.7, 0.3)
+
+
 @pytest.mark.parametrize("setting", ["model.path=./gone", "oracle.path=/gone", "data.prompts=gone.jsonl"])
 def test_local_paths_that_are_not_there(setting: str) -> None:
     assert "no such file" in refused(preset="demo", sets=[setting])

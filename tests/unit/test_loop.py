@@ -238,6 +238,101 @@ def test_queries_end_a_run_in_the_middle_of_a_step() -> None:
     assert [record["queries"] for record in run.journal.of("step")] == [32, 64, 70]
 
 
+def test_equal_responses_cost_no_query_and_the_budget_is_spent_on_others() -> None:
+    # Of two tokens at this temperature many pairs are of two equal texts.
+    sampling = {"temperature": 0.05, "max_new_tokens": 2}
+    settings = {"data": {"max_queries": 40}, "sampling": sampling, "eval": {"every": 100}}
+    run = rehearse(algorithm(), share_of_e, steps=8, settings=settings)
+    steps = run.journal.of("step")
+    asked = [pair for pair in run.journal.pairs if pair["chosen"] != pair["rejected"]]
+    assert len(run.journal.pairs) - len(asked) > 0, "there must be equal ones for this to show anything"
+    assert steps[-1]["queries"] == len(asked) <= 40
+    compared = [int(call.split()[1]) for call in run.calls if call.startswith("compare")]
+    assert sum(compared) == len(asked) + 2 * 26, "the rest are the two evaluations"
+    assert all(not pair["is_trainable"] for pair in run.journal.pairs if pair["chosen"] == pair["rejected"])
+    assert [record["without_verdict"] for record in steps] == [0] * len(steps)
+
+
+def test_evaluations_by_queries_come_when_a_multiple_is_crossed() -> None:
+    settings = {"eval": {"every": 1, "every_queries": 80}}
+    run = rehearse(algorithm(), share_of_e, steps=6, settings=settings)
+    steps = {record["step"]: record["queries"] for record in run.journal.of("step")}
+    crossed = [step for step, queries in steps.items() if queries // 80 > steps.get(step - 1, 0) // 80]
+    evals = run.journal.of("eval")
+    assert [record["step"] for record in evals] == [0, *crossed, *([] if crossed[-1] == 6 else [6])]
+    assert [record["queries"] for record in evals] == [0, *(steps[record["step"]] for record in evals[1:])]
+
+
+def test_evaluations_ask_their_own_oracle_and_training_does_not() -> None:
+    def fewer(prompt: str, response: str) -> float:
+        return -share_of_e(prompt, response)
+
+    own = rehearse(algorithm(), share_of_e, steps=20, eval_oracle=FunctionOracle(fewer))
+    same = rehearse(algorithm(), share_of_e, steps=20)
+    assert own.journal.pairs == same.journal.pairs, "training is the same"
+    first, last = own.journal.of("eval")[0], own.journal.of("eval")[-1]
+    assert last["reward"] < first["reward"] and last["win_rate"] < first["win_rate"]
+    assert last["reward"] == pytest.approx(-same.journal.of("eval")[-1]["reward"])
+
+
+def test_the_best_of_several_samples_is_judged_on_request() -> None:
+    def evals(best_of_n: int) -> list[dict[str, object]]:
+        settings = {"eval": {"best_of_n": best_of_n, "best_of_n_temperature": 1.5}}
+        return rehearse(algorithm(), share_of_e, steps=4, settings=settings).journal.of("eval")
+
+    one, many = evals(1), evals(16)
+    assert many[0]["reward"] > one[0]["reward"] + 0.2  # type: ignore[operator]
+    assert [record["queries"] for record in many] == [record["queries"] for record in one], "they are no queries"
+    plain = rehearse(algorithm(), share_of_e, steps=4).journal.of("eval")
+    assert _without_perf(one) == _without_perf(plain), "one is the greedy response, whatever the temperature"
+
+
+def test_training_responses_are_judged_against_the_references_on_request() -> None:
+    plain = rehearse(algorithm(), share_of_e, steps=10)
+    judged = rehearse(
+        algorithm(),
+        share_of_e,
+        steps=10,
+        settings={"eval": {"online": True}},
+        training_reference="eb",
+    )
+    rates = [record["online_win_rate"] for record in judged.journal.of("step")]
+    assert "online_win_rate" not in plain.journal.of("step")[0]
+    assert [r["queries"] for r in judged.journal.of("step")] == [r["queries"] for r in plain.journal.of("step")]
+    assert judged.journal.pairs == plain.journal.pairs
+    for record in judged.journal.of("step"):
+        pairs = [pair for pair in judged.journal.pairs if pair["step"] == record["step"]]
+        scores = [share_of_e("", pair[side]) for pair in pairs for side in ("chosen", "rejected")]
+        expected = np.mean([np.sign(score - share_of_e("", "eb")) / 2 + 0.5 for score in scores])
+        assert record["online_win_rate"] == pytest.approx(expected)
+    assert rates[-1] > rates[0]
+
+
+def test_label_noise_turns_the_stated_share_around_and_nothing_else() -> None:
+    clean = rehearse(algorithm(), share_of_e, steps=1, prompts_per_step=512)
+    noisy = rehearse(algorithm(), share_of_e, steps=1, prompts_per_step=512, settings={"oracle": {"flip_prob": 0.3}})
+    turned = 0
+    for before, after in zip(clean.journal.pairs, noisy.journal.pairs, strict=True):
+        assert before["is_trainable"] == after["is_trainable"]
+        if after.get("is_flipped"):
+            turned += 1
+            assert (after["chosen"], after["rejected"]) == (before["rejected"], before["chosen"])
+            assert after["win_probability"] == pytest.approx(1 - before["win_probability"])
+        else:
+            assert after == before
+    asked = sum(pair["chosen"] != pair["rejected"] for pair in clean.journal.pairs)
+    assert turned / asked == pytest.approx(0.3, abs=0.07)
+
+
+def test_flipped_labels_carry_flipped_margins() -> None:
+    """A loss that learns from margins sees the noise too: every one turned around, it learns the opposite."""
+    config = ALGORITHM_CONFIGS["rev_kl"]()
+    right = rehearse(algorithm(config), share_of_e, steps=40)
+    wrong = rehearse(algorithm(config), share_of_e, steps=40, settings={"oracle": {"flip_prob": 1.0}})
+    assert right.journal.of("eval")[-1]["reward"] > right.journal.of("eval")[0]["reward"]
+    assert wrong.journal.of("eval")[-1]["reward"] < wrong.journal.of("eval")[0]["reward"]
+
+
 def test_dropped_prompts_are_not_asked_about() -> None:
     config = CustomAlgorithmConfig(name=f"{EXAMPLE}:FarApart", options={"min_gap": 0.12})
     run = rehearse(algorithm(config), share_of_e, steps=3)

@@ -83,7 +83,13 @@ EXAMPLES = {
             generate_s=0.25,
         ),
         CompareRequest(
-            run_id=RUN, batch_id="2", prompts=["p", "q"], first=["a", "b"], second=["c", ""], references=["r", "s"]
+            run_id=RUN,
+            batch_id="2",
+            purpose="train",
+            prompts=["p", "q"],
+            first=["a", "b"],
+            second=["c", ""],
+            references=["r", "s"],
         ),
         PreferenceBatch(
             run_id=RUN,
@@ -93,6 +99,7 @@ EXAMPLES = {
             first_scores=f32(1.0, np.nan),
             second_scores=f32(2.0, 3.0),
             oracle_s=0.5,
+            num_failures=1,
         ),
         WeightManifest(
             run_id=RUN,
@@ -240,6 +247,7 @@ def any_message(draw):
         resize(sum(lengths), "response_tokens", "sampler_logprobs")
         resize(count, "is_finished", "texts")
     elif cls is CompareRequest:
+        values["purpose"] = draw(st.sampled_from(["train", "eval"]))
         resize(count, "prompts", "first", "second")
         resize(draw(st.sampled_from([0, count])), "references")
     elif cls is PreferenceBatch:

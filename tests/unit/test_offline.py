@@ -79,7 +79,7 @@ def test_records_say_what_was_measured_and_nothing_else() -> None:
 def test_an_epoch_takes_each_pair_once_in_an_order_of_its_own() -> None:
     config = Config.model_validate({"rollout": {"prompts_per_step": 32, "offline": True}})
     ranks = [RecordedExperience(config, Share(rank=rank, count=2), letter_pairs(128)) for rank in range(2)]
-    steps = [[pair.tokens.chosen.tobytes() for rank in ranks for pair in rank.collect(s).pairs] for s in range(1, 9)]
+    steps = [[pair.tokens.chosen.tobytes() for rank in ranks for pair in rank.collect(s, 0).pairs] for s in range(1, 9)]
     epochs = [[pair for step in steps[start : start + 4] for pair in step] for start in (0, 4)]
     everything = sorted(tokens.tobytes() for tokens in letter_pairs(128).chosen_tokens)
     assert sorted(epochs[0]) == sorted(epochs[1]) == everything and epochs[0] != epochs[1]

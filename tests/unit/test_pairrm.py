@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from small_folders import byte_tokenizer
 from small_pairrm import PREFIXES, save_pairrm
 
@@ -10,7 +11,7 @@ from oatlite.config.load import load_config, resolve
 from oatlite.config.schema import Config, OracleConfig
 from oatlite.errors import ConfigError, OracleError
 from oatlite.oracles import build_oracle
-from oatlite.oracles.pairrm import PairRMOracle
+from oatlite.oracles.pairrm import PairRM, PairRMOracle
 
 PROMPTS = ["sum up: one two three", "b", "sum up: one two three", "d" * 40]
 FIRST = ["one", "the first is longer", "one", ""]
@@ -77,6 +78,28 @@ def test_what_is_no_complete_pairrm_is_refused_in_a_line(tmp_path):
     byte_tokenizer().save_pretrained(path)
     with pytest.raises(ConfigError, match="does not know the token"):
         PairRMOracle(path)
+
+
+def test_the_published_names_load_whole(tmp_path):
+    """As they stand in the published file, whatever the installed transformers calls its own layers."""
+    path, _ = save_pairrm(tmp_path / "pairrm")
+    dense = [
+        *(f"attention.self.{part}_proj" for part in ("query", "key", "value")),
+        *("attention.output.dense", "intermediate.dense", "output.dense"),
+        *("attention.output.LayerNorm", "output.LayerNorm"),
+    ]
+    modules = [
+        "embeddings.LayerNorm",
+        "encoder.LayerNorm",
+        *(f"encoder.layer.{n}.{name}" for n in (0, 1) for name in dense),
+    ]
+    modules = [f"pretrained_model.{name}" for name in modules] + ["head_layer.1", "head_layer.4"]
+    names = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+    names |= {f"pretrained_model.{name}.weight" for name in ("embeddings.word_embeddings", "encoder.rel_embeddings")}
+    with safe_open(f"{path}/model.safetensors", "pt") as file:
+        assert set(file.keys()) == names
+    _, info = PairRM.from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
 def test_its_name_stands_for_the_published_checkpoint():

@@ -1,0 +1,90 @@
+"""Training of the epistemic reward head: a bounded buffer of comparisons, and a few steps on it now and then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oatlite.maths.ensemble import EpistemicHead, head_loss
+
+
+class HeadTrainer:
+    """Trains ``head`` on the newest ``buffer_size`` comparisons by Adam.
+
+    ``pull`` is lambda of SEA (arXiv 2411.01493, equation 5): a step of B comparisons, n having been asked for so far,
+    weighs the distance from the initialization by ``pull B / n``; with ``is_pull_fixed`` by ``pull`` alone. Batches are
+    drawn by a generator of ``seed`` and nothing else, so equal comparisons give equal heads.
+    """
+
+    def __init__(
+        self,
+        head: EpistemicHead,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 5e-5,
+        num_steps: int = 5,
+        batch_size: int = 128,
+        pull: float = 0.5,
+        is_pull_fixed: bool = False,
+        buffer_size: int = 50_000,
+        seed: int = 0,
+    ) -> None:
+        self.head = head
+        self._optimizer = torch.optim.Adam(head.parameters(), lr=lr, weight_decay=weight_decay)
+        self._num_steps = num_steps
+        self._batch_size = batch_size
+        self._pull = pull
+        self._is_pull_fixed = is_pull_fixed
+        self._buffer_size = buffer_size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._comparisons = torch.empty(0)
+
+    def __len__(self) -> int:
+        return len(self._comparisons)
+
+    def add(self, chosen: Tensor, rejected: Tensor) -> None:
+        """Take in the features (B, D) of B comparisons; the oldest go where there is no room."""
+        new = torch.stack([chosen, rejected], dim=1).float()
+        held = torch.cat([self._comparisons, new]) if len(self._comparisons) else new
+        self._comparisons = held[-self._buffer_size :]
+
+    def learn(self, num_queries: int) -> dict[str, float]:
+        """The steps that are due after ``num_queries`` comparisons were asked for.
+
+        Gives the mean loss over them, the share of comparisons whose chosen response the mean reward prefers, and the
+        weight of the pull; nothing before the first comparison.
+        """
+        count = min(self._batch_size, len(self))
+        if not count:
+            return {}
+        pull = self._pull if self._is_pull_fixed else self._pull * count / max(num_queries, count)
+        losses, right = [], []
+        for _ in range(self._num_steps):
+            drawn = torch.randperm(len(self), generator=self._generator)[:count]
+            chosen, rejected = self._comparisons[drawn].to(self.head.weights[0].device).unbind(1)
+            self._optimizer.zero_grad()
+            loss = head_loss(self.head, chosen, rejected, pull=pull)
+            loss.backward()
+            self._optimizer.step()
+            losses.append(loss.detach())
+            with torch.no_grad():
+                right.append((self.head(chosen).mean(0) > self.head(rejected).mean(0)).float().mean())
+        return {"loss": float(torch.stack(losses).mean()), "accuracy": float(torch.stack(right).mean()), "pull": pull}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "head": self.head.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+            "comparisons": self._comparisons,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what :meth:`state` was of."""
+        self.head.load_state_dict(state["head"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._generator.set_state(state["generator"])
+        self._comparisons = state["comparisons"]

@@ -1,0 +1,144 @@
+"""Selection rules against brute force over their definitions, and what the measures of uncertainty mean."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from oatlite.maths.exploration import (
+    bernoulli_variance,
+    best_arm_duels,
+    disagreement,
+    draw_members,
+    explore_exploit_duels,
+    logits_variance,
+    passive_duels,
+    probabilities_variance,
+    self_labelled_pairs,
+    uncertainty_duels,
+)
+
+# Few values, so that ties are common; single members, prompts and pairs of candidates too.
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(2, 5))
+few_values = shapes.flatmap(
+    lambda shape: hnp.arrays(np.float64, shape, elements=st.sampled_from([-1.0, 0.0, 0.5, 2.0]))
+)
+many_values = shapes.flatmap(lambda shape: hnp.arrays(np.float64, shape, elements=st.floats(-5, 5, width=16)))
+rewards_of_all_kinds = st.one_of(few_values, many_values)
+seeds = st.integers(0, 1000)
+
+
+def first_best(values: list[float]) -> int:
+    return values.index(max(values))
+
+
+def variance(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    return sum((v - mean) ** 2 for v in values) / (len(values) - 1) if len(values) > 1 else 0.0
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def order_of(rewards: np.ndarray, seed: int) -> np.ndarray:
+    return draw_members(np.random.default_rng(seed), len(rewards), rewards.shape[1])
+
+
+@given(rewards_of_all_kinds)
+def test_variances_are_those_of_their_definitions(rewards: np.ndarray) -> None:
+    members, prompts, candidates = rewards.shape
+    for m, i, j in itertools.product(range(prompts), range(candidates), range(candidates)):
+        margins = [rewards[e, m, i] - rewards[e, m, j] for e in range(members)]
+        wins = [sigmoid(margin) for margin in margins]
+        mean = sum(wins) / members
+        assert logits_variance(rewards)[m, i, j] == pytest.approx(variance(margins), abs=1e-12)
+        assert probabilities_variance(rewards)[m, i, j] == pytest.approx(variance(wins), abs=1e-12)
+        assert bernoulli_variance(rewards)[m, i, j] == pytest.approx(mean * (1 - mean), abs=1e-12)
+        divergences = [win * math.log(win / mean) + (1 - win) * math.log((1 - win) / (1 - mean)) for win in wins]
+        assert disagreement(rewards)[m, i, j] == pytest.approx(sum(divergences) / members, abs=1e-12)
+
+
+def test_certain_verdicts_disagree_by_a_bit_and_not_by_nan() -> None:
+    rewards = np.array([[[1000.0, 0.0]], [[0.0, 1000.0]]])
+    assert disagreement(rewards)[0, 0, 1] == pytest.approx(math.log(2))
+    assert disagreement(rewards[:1])[0, 0, 1] == 0
+    assert bernoulli_variance(rewards)[0, 0, 1] == 0.25
+
+
+@given(rewards_of_all_kinds, seeds)
+def test_best_arm_duels(rewards: np.ndarray, seed: int) -> None:
+    members = order_of(rewards, seed)
+    duels = best_arm_duels(rewards, members)
+    for m in range(rewards.shape[1]):
+        first = first_best(rewards[members[m, 0], m].tolist())
+        unknown = [variance((rewards[:, m, first] - rewards[:, m, j]).tolist()) for j in range(rewards.shape[2])]
+        assert duels.first[m] == first
+        if max(unknown) < 1e-12:
+            assert duels.second[m] == first or unknown[duels.second[m]] == pytest.approx(0, abs=1e-12)
+        else:
+            assert duels.second[m] != first
+            assert unknown[duels.second[m]] == pytest.approx(max(unknown), rel=1e-9)
+
+
+@given(rewards_of_all_kinds, seeds, st.integers(1, 6) | st.none(), st.booleans())
+def test_explore_exploit_duels(rewards: np.ndarray, seed: int, max_tries: int | None, allow_second_best: bool) -> None:
+    members = order_of(rewards, seed)
+    duels = explore_exploit_duels(rewards, members, max_tries=max_tries, allow_second_best=allow_second_best)
+    for m in range(rewards.shape[1]):
+        asked = members[m, : max_tries or len(rewards)]
+        ranks = [sorted(range(rewards.shape[2]), key=lambda n, e=e: -rewards[e, m, n]) for e in asked]
+        first = ranks[0][0]
+        second = next((ranked[0] for ranked in ranks if ranked[0] != first), None)
+        if second is None and allow_second_best:
+            second = next((ranked[1] for ranked in ranks if ranked[1] != first), None)
+        assert (duels.first[m], duels.second[m]) == (first, first if second is None else second)
+        assert duels.is_clash[m] == (second is None)
+
+
+@given(rewards_of_all_kinds)
+def test_uncertainty_duels(rewards: np.ndarray) -> None:
+    duels, unknown = uncertainty_duels(rewards), logits_variance(rewards)
+    for m in range(rewards.shape[1]):
+        assert unknown[m, duels.first[m], duels.second[m]] == unknown[m].max()
+        assert duels.is_clash[m] == (unknown[m].max() == 0)
+
+
+@given(rewards_of_all_kinds, seeds)
+def test_self_labelled_pairs(rewards: np.ndarray, seed: int) -> None:
+    members = order_of(rewards, seed)
+    pairs = self_labelled_pairs(rewards, members)
+    for m in range(rewards.shape[1]):
+        sampled = rewards[members[m, 0], m].tolist()
+        gaps = [sampled[i] - sampled[j] for i in range(len(sampled)) for j in range(len(sampled))]
+        assert sampled[pairs.first[m]] - sampled[pairs.second[m]] == max(gaps)
+        assert pairs.is_clash[m] == (max(gaps) == 0)
+
+
+@given(rewards_of_all_kinds, seeds)
+def test_a_clash_gets_a_random_other_and_nothing_else_changes(rewards: np.ndarray, seed: int) -> None:
+    duels = explore_exploit_duels(rewards, order_of(rewards, seed), max_tries=1)
+    assert duels.is_clash.all()
+    num_candidates = rewards.shape[2]
+    mended = duels.with_random_others(num_candidates, np.random.default_rng(seed))
+    assert not mended.is_clash.any()
+    assert (mended.first == duels.first).all() and (mended.second < num_candidates).all()
+    apart = passive_duels(rewards.shape[1])
+    assert (apart.with_random_others(num_candidates, np.random.default_rng(seed)).second == apart.second).all()
+
+
+def test_random_others_and_members_are_uniform() -> None:
+    rng = np.random.default_rng(0)
+    rewards = np.tile([0.0, 1.0, 0.5, 0.2], (1, 30_000, 1))
+    duels = explore_exploit_duels(rewards, order_of(rewards, 0)).with_random_others(4, rng)
+    assert np.bincount(duels.second, minlength=4) == pytest.approx([10_000, 0, 10_000, 10_000], abs=400)
+    members = draw_members(rng, 5, 30_000)
+    assert (np.sort(members, axis=1) == np.arange(5)).all()
+    for place in range(5):
+        assert np.bincount(members[:, place]) == pytest.approx([6000] * 5, abs=350)
