@@ -52,11 +52,39 @@ def _serve_oracle() -> Command:
     return serve_oracle
 
 
+def _generate() -> Command:
+    from .generate import generate
+
+    return generate
+
+
+def _chat() -> Command:
+    from .chat import chat
+
+    return chat
+
+
+def _eval() -> Command:
+    from .evaluate import evaluate
+
+    return evaluate
+
+
+def _label() -> Command:
+    from .label import label
+
+    return label
+
+
 COMMANDS: dict[str, tuple[Callable[[], Command], str]] = {
     "train": (_train, "Align a policy online: sample, compare, learn, sync."),
     "resume": (_resume, "Go on with a stopped run from its last checkpoint."),
     "sft": (_sft, "Train a policy on prompts and reference answers, on conversations or on plain text."),
     "reward-model": (_reward_model, "Train a reward model on preferences (Bradley-Terry)."),
+    "generate": (_generate, "Sample responses to the prompts of a dataset into a file."),
+    "chat": (_chat, "Talk to a model."),
+    "eval": (_eval, "Judge a model's responses against references or another model's, by any oracle."),
+    "label": (_label, "Say which of two answers is better, for a file of pairs, by any oracle."),
     "bandit": (_bandit, "Numerical experiments without a language model, in seconds."),
     "serve-oracle": (_serve_oracle, "Serve an oracle over HTTP, to oatlite and to oat."),
 }
@@ -98,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED)
+    if code == EXIT_INTERRUPTED:  # so Typer takes Ctrl-C, without a word
+        return _fail("interrupted", code)
     return code if isinstance(code, int) else 0
 
 

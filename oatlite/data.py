@@ -6,6 +6,7 @@ the user.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ __all__ = [
     "epoch_order",
     "fixed_order",
     "is_conversation",
+    "load_all_prompts",
     "load_prompts",
     "load_rows",
     "load_tokenizer",
@@ -60,6 +62,17 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def select(self, indices: list[int]) -> PromptSet:
+        """These of the prompts, in this order."""
+        return dataclasses.replace(
+            self,
+            texts=[self.texts[i] for i in indices],
+            raw_texts=[self.raw_texts[i] for i in indices],
+            tokens=[self.tokens[i] for i in indices],
+            references=None if self.references is None else [self.references[i] for i in indices],
+            rows=self.rows[indices],
+        )
 
 
 def epoch_order(num_prompts: int, epoch: int, seed: int) -> npt.NDArray[np.int64]:
@@ -124,6 +137,28 @@ def load_prompts(
         fix = "lower eval.prompts, or name data.eval_split" if held else _room(max_prompt_tokens)
         raise ConfigError(f"{data.prompts} has no usable prompt to train on{held}", fix)
     return training, held_out
+
+
+def load_all_prompts(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, needs_references: bool = False
+) -> PromptSet:
+    """The usable prompts of a split in its own order, or ``data.max_prompts`` of them, the same for every seed.
+
+    What is dropped and what is refused is as in :func:`load_prompts`; references, unless needed, may be missing.
+    """
+    if data.prompts is None:
+        raise ConfigError("data.prompts names no prompts", "type --prompts with a file, a folder or a dataset id")
+    rows = load_rows(data.prompts, data.split)
+    reader = _Reader(
+        rows=rows, split=data.split, data=data, tokenizer=tokenizer, max_prompt_tokens=data.max_prompt_tokens
+    )
+    order = fixed_order(len(rows))
+    if data.max_prompts is None:
+        order.sort()
+    prompts, _ = reader.take(order, data.max_prompts, is_held_out=needs_references)
+    if not len(prompts):
+        raise ConfigError(f"{data.prompts} has no usable prompt", _room(data.max_prompt_tokens))
+    return prompts.select(np.argsort(prompts.rows).tolist())
 
 
 def _room(max_prompt_tokens: int) -> str:

@@ -11,7 +11,7 @@ import enum
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,27 +153,67 @@ class Engine:
 
         Raises RuntimeError while weights are being loaded.
         """
-        if self.state is not State.READY:
-            raise RuntimeError(f"the engine cannot generate while it is {self.state.value}")
-        from vllm import SamplingParams
-
-        params = [
-            SamplingParams(
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                max_tokens=max_new_tokens,
-                seed=None if temperature == 0 else int(seed) % 2**63,
-                logprobs=0,
-                flat_logprobs=True,
-            )
-            for seed in seeds
-        ]
+        self._require_ready()
+        params = [_params(seed, temperature, top_p, top_k, max_new_tokens) for seed in seeds]
         inputs = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
         return [
             _sample(output.outputs[0])
             for output in self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora_request)
         ]
+
+    def finished(
+        self,
+        prompts: Sequence[npt.NDArray[np.int32]],
+        seeds: Sequence[int],
+        *,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        max_new_tokens: int,
+    ) -> Iterator[tuple[int, Sample]]:
+        """As :meth:`generate`, but each sample with its index in (R,) as soon as it is complete."""
+        self._require_ready()
+        params = [_params(seed, temperature, top_p, top_k, max_new_tokens, output_kind="FINAL_ONLY") for seed in seeds]
+        for name, output in self._run(prompts, params):
+            if output.finished:
+                yield int(name), _sample(output.outputs[0])
+
+    def stream(
+        self,
+        prompt: npt.NDArray[np.int32],
+        seed: int,
+        *,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        max_new_tokens: int,
+    ) -> Iterator[str]:
+        """One response, piece by piece as its text becomes certain. Closing the iterator stops it."""
+        self._require_ready()
+        params = _params(seed, temperature, top_p, top_k, max_new_tokens, output_kind="DELTA")
+        for _, output in self._run([prompt], [params]):
+            yield output.outputs[0].text
+
+    def _run(self, prompts: Sequence[npt.NDArray[np.int32]], params: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+        """What each step gives, with the request's number; requests that are left when this is closed are dropped."""
+        engine = self._llm.llm_engine
+        unfinished = {str(number) for number in range(len(prompts))}
+        try:
+            for number, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+                inputs = {"prompt_token_ids": prompt.tolist()}
+                engine.add_request(str(number), inputs, each, lora_request=self._lora_request)
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        unfinished.discard(output.request_id)
+                    yield output.request_id, output
+        finally:
+            if unfinished:
+                engine.abort_request(sorted(unfinished))
+
+    def _require_ready(self) -> None:
+        if self.state is not State.READY:
+            raise RuntimeError(f"the engine cannot generate while it is {self.state.value}")
 
     def warm_up(self, prompt: npt.NDArray[np.int32]) -> float:
         """Generate once so that kernels are ready before the first timed step; returns seconds."""
@@ -297,6 +337,24 @@ class Engine:
                 for name, value in bound.arguments.items():
                     if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in memory:
                         bound.arguments[name] = value.clone()
+
+
+def _params(
+    seed: int, temperature: float, top_p: float, top_k: int, max_new_tokens: int, *, output_kind: str = "CUMULATIVE"
+) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_tokens=max_new_tokens,
+        seed=None if temperature == 0 else int(seed) % 2**63,
+        logprobs=0,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind[output_kind],
+    )
 
 
 def _sample(output: Any) -> Sample:

@@ -197,6 +197,28 @@ def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], options: Ad
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
 
 
+def read_adapter(folder: Path) -> tuple[list[tuple[str, torch.Tensor]], AdapterOptions]:
+    """The tensors and the options of an adapter that :func:`write_adapter` or peft wrote.
+
+    Raises ConfigError where there is none, or one that does more than :class:`AdapterOptions` says.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        options = AdapterOptions(rank=config["r"], alpha=config["lora_alpha"], targets=tuple(targets_of(tensors)))
+    except Exception as error:  # of files that are missing or torn, some of a type that safetensors keeps to itself
+        raise ConfigError(
+            f"{folder} holds no LoRA adapter: {type(error).__name__}: {error}",
+            "give a folder such as runs/NAME/adapter",
+        ) from error
+    extras = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(name)]
+    if extras:
+        raise ConfigError(f"the adapter {folder} has {', '.join(extras)}", "merge it into its base with peft")
+    return list(tensors.items()), options
+
+
 def targets_of(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
     """The last parts of the names of the modules that an adapter's tensors belong to."""
     return sorted({name.split(".lora_")[0].rpartition(".")[2] for name in names})

@@ -38,7 +38,7 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
         raise StorageError(f"cannot write beside {path}: {error.strerror}") from error
     try:
         yield work
-        work.chmod(0o777 & ~_umask())
+        work.chmod(0o777 & ~umask())
         _rename(work, path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
@@ -54,7 +54,8 @@ def _rename(work: Path, path: Path) -> None:
             raise
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The bits that new files of this process are made without."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

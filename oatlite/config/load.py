@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +28,20 @@ from oatlite.config.keys import (
     unknown_key,
     unknown_section,
 )
-from oatlite.config.resolve import DEMO, num_steps, resolve
+from oatlite.config.resolve import DEMO, num_steps, resolve, resolve_inference
 from oatlite.config.schema import Config
 from oatlite.errors import ConfigError
 from oatlite.hardware import gpu_names
 
-__all__ = ["dump_toml", "load_config", "num_steps", "preset_names", "resolve"]
+__all__ = [
+    "dump_toml",
+    "load_config",
+    "load_settings",
+    "num_steps",
+    "preset_names",
+    "resolve",
+    "resolve_inference",
+]
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -93,6 +101,26 @@ def load_config(
     if is_offline:
         _check_all_is_read(merged)
     return config
+
+
+def load_settings(
+    *,
+    reads: Sequence[str],
+    flags: Mapping[str, Any],
+    sets: Iterable[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:
+    """The options of a command that trains nothing: ``defaults`` < flags and ``section.key=value`` settings.
+
+    ``reads`` are the keys that the command reads, or whole sections. Raises :class:`ConfigError` for any other.
+    """
+    typed = _command_line(flags, sets)
+    for key, given in typed.items():
+        check_key(key, given.source, DEFAULT_ALGORITHM)
+        if key not in reads and key.partition(".")[0] not in reads:
+            raise ConfigError(f"{key} ({given.source}) is nothing that this command reads", "leave it out")
+    own = {key: Given(value, "default") for key, value in (defaults or {}).items()}
+    return _validate(_merge([own, typed]))
 
 
 def preset_names() -> list[str]:

@@ -48,6 +48,23 @@ def resolve(config: Config, num_gpus: int, *, is_resumed: bool = False) -> Confi
     return resolved
 
 
+def resolve_inference(config: Config, num_gpus: int) -> Config:
+    """As :func:`resolve`, for a command that only generates or scores: it takes one GPU of those that there are, and
+    makes no run folder."""
+    config = config.model_copy(
+        update={"placement": config.placement.model_copy(update={"gpus": _one_engine(config, num_gpus)})}
+    )
+    _check_gpus(config, num_gpus)
+    resolved = Config.model_validate(_filled(config, num_gpus))
+    _check_oracles(resolved)
+    _check_paths(resolved)
+    return resolved
+
+
+def _one_engine(config: Config, num_gpus: int) -> int:
+    return min(1, num_gpus) if config.placement.gpus is None else config.placement.gpus
+
+
 def num_steps(config: Config) -> int | None:
     """Steps of a resolved run, as far as the configuration bounds them; ``None`` where only the data can tell."""
     bounds = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from oatlite.messages import Bool, UInt64
 from oatlite.metrics.records import Mean
 from oatlite.models import TokenPair
 from oatlite.oracles.base import Verdicts, draw_verdicts, flipped, reward_margins, trainable_pairs, wins
+from oatlite.seeds import seed_of
 from oatlite.workers.buffer import TrainingPair
 from oatlite.workers.contracts import Actors, Explores, Share, Shows
 from oatlite.workers.explorer import Choice
@@ -274,13 +274,8 @@ def sample_seeds(run_seed: int, purpose: int, epoch: int, rows: Sequence[int], n
 
     So a sample does not depend on how many actors there are, on a restart, or on what was drawn before.
     """
-    seeds = [_hash(run_seed, purpose, epoch, row, sample) for row in rows for sample in range(num_samples)]
+    seeds = [seed_of(run_seed, purpose, epoch, row, sample) for row in rows for sample in range(num_samples)]
     return np.array(seeds, np.uint64).reshape(len(rows), num_samples)
-
-
-def _hash(*parts: int) -> int:
-    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def spread(verdicts: Verdicts, asked: Sequence[int], count: int) -> Verdicts:

@@ -1,0 +1,1 @@
+"""The commands that only generate or score: ``generate``, ``chat``, ``eval`` and ``label``."""

@@ -1,0 +1,345 @@
+"""``oatlite generate``, ``label``, ``eval`` and ``chat`` as processes, on models that the tests make."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from runs import DEADLINE_S, ENVIRONMENT, OATLITE, TEMPORARY, Inputs, read_lines, run_to_end
+from small_folders import byte_tokenizer, save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from oatlite.oracles.reward_model import RewardModelOracle
+
+pytestmark = pytest.mark.slow
+
+NEW_TOKENS = 12
+CPU = ("--gpus", "0")
+
+
+def oatlite(*arguments: str | Path, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(OATLITE), *map(str, arguments)],
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env=ENVIRONMENT,
+    )
+
+
+def done(*arguments: str | Path) -> str:
+    """The standard output of a command that must succeed, and leave nothing."""
+    finished = oatlite(*arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert "Traceback" not in finished.stderr and "WARNING" not in finished.stderr
+    assert list(TEMPORARY.glob("oatlite-*")) == []
+    return finished.stdout
+
+
+def greedy(model: Any, tokenizer: Any, prompt: str) -> tuple[str, float]:
+    """What Hugging Face generates, and the sum of its log-probabilities."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    tokens = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS)[0, ids.shape[1] :]
+    return tokenizer.decode(tokens, skip_special_tokens=True), logprob(model, ids[0].tolist(), tokens.tolist())
+
+
+@torch.no_grad()
+def logprob(model: Any, prompt: list[int], response: list[int]) -> float:
+    logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].double()
+    return float(logits.log_softmax(-1)[torch.arange(len(response)), response].sum())
+
+
+def whole(text: str) -> str:
+    """Without a character whose last bytes were cut off, which vLLM leaves out."""
+    return text.rstrip("\ufffd")
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def test_generate_then_label_then_train_offline(llama: Inputs, tmp_path: Path) -> None:
+    samples, pairs = tmp_path / "samples.jsonl", tmp_path / "pairs.jsonl"
+    given = ("--model", llama.policy, "--prompts", llama.prompts, "--max-new-tokens", str(NEW_TOKENS))
+    out = done("generate", *given, *CPU, "--output", samples, "--num-samples", "2", "--temperature", "1.0")
+    assert f"{samples}: 160 responses to 80 prompts" in out and f"oatlite label --data {samples}" in out
+    rows = read_lines(samples)
+    assert [(row["row"], row["sample"]) for row in rows] == [(i, n) for i in range(80) for n in range(2)]
+    model, tokenizer = load(llama.policy)
+    for row in rows:
+        assert row["prompt"] == f"Say number {row['row']}: " and row["reference"] == f" it is {row['row']}"
+        assert row["is_finished"] or row["num_tokens"] == NEW_TOKENS
+    assert len({row["response"] for row in rows}) > 150, "samples differ"
+    ascii_rows = [row for row in rows if row["response"].isascii() and not row["is_finished"]]
+    for row in ascii_rows:
+        ids = tokenizer(row["response"])["input_ids"]
+        if len(ids) == row["num_tokens"]:
+            expected = logprob(model, tokenizer(row["prompt"])["input_ids"], ids)
+            assert row["logprob"] == pytest.approx(expected, abs=1e-3)
+
+    out = done("label", "--data", samples, "--oracle", llama.reward_model, "--output", pairs, *CPU)
+    found = read_lines(pairs)
+    assert f"{pairs}: {len(found)} pairs" in out and len(found) > 60
+    oracle = RewardModelOracle(str(llama.reward_model))
+    for name in ("chosen", "rejected"):
+        scores = oracle.score([row["prompt"] for row in found], [row[name] for row in found])
+        np.testing.assert_allclose([row[f"{name}_reward"] for row in found], scores, atol=1e-5)
+    assert all(row["margin"] > 0 and row["win_probability"] > 0.5 for row in found)
+
+    folder = tmp_path / "offline"
+    train = ("train", "--offline", "--preferences", pairs, "--model", llama.policy, "--algo", "dpo", *CPU)
+    sizes = ("--prompts-per-step", "16", "--micro-batch-size", "4", "--eval-prompts", "8", "--lr", "0.001")
+    run = run_to_end(
+        [str(OATLITE), *map(str, train), *sizes, "--run-dir", str(tmp_path), "--name", folder.name, "--ui", "plain"],
+        folder,
+    )
+    assert run.exit_code == 0, run.output
+    assert len(run.records("step")) >= 3
+
+
+def test_generate_with_an_adapter_is_greedy_as_hugging_face_with_it(llama: Inputs, tmp_path: Path) -> None:
+    model, tokenizer = load(llama.policy)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    output = tmp_path / "new" / "greedy.jsonl"
+    given = ("--prompts", llama.prompts, "--max-prompts", "12", "--max-new-tokens", str(NEW_TOKENS))
+    done(
+        "generate",
+        "--model",
+        llama.policy,
+        "--adapter",
+        tmp_path / "adapter",
+        *given,
+        *CPU,
+        "--greedy",
+        "--output",
+        output,
+    )
+    rows = read_lines(output)
+    assert len(rows) == 12
+    with adapted.disable_adapter():
+        plain = [greedy(adapted, tokenizer, row["prompt"])[0] for row in rows]
+    differ = 0
+    for row, without in zip(rows, plain, strict=True):
+        text, total = greedy(adapted, tokenizer, row["prompt"])
+        assert whole(row["response"]) == whole(text)
+        assert row["logprob"] == pytest.approx(total, abs=1e-3)
+        differ += text != without
+    assert differ > 6, "the adapter does something"
+
+
+def test_eval_against_references_and_the_kl_to_a_base(llama: Inputs, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
+    base = save_model(tmp_path / "base", "llama", seed=5, **sizes)
+    output = tmp_path / "eval.jsonl"
+    out = done(
+        *("eval", "--model", llama.policy, "--prompts", llama.prompts, "--max-prompts", "16", *CPU),
+        *("--oracle", llama.reward_model, "--max-new-tokens", str(NEW_TOKENS), "--kl-to", base, "--output", output),
+    )
+    assert "win rate" in out and "95 %" in out and "KL per token" in out and f"{output}: the summary and 16 rows" in out
+    summary, *rows = read_lines(output)
+    assert [summary["kind"], *(row["kind"] for row in rows)] == ["summary", *["row"] * 16]
+    model, tokenizer = load(llama.policy)
+    prompts = [row["prompt"] for row in rows]
+    for row in rows:
+        assert whole(row["response"]) == whole(greedy(model, tokenizer, row["prompt"])[0])
+    oracle = RewardModelOracle(str(llama.reward_model))
+    verdicts = oracle.compare(prompts, [row["response"] for row in rows], [row["opponent"] for row in rows])
+    assert [row["opponent"] for row in rows] == [f" it is {row['row']}" for row in rows]
+    np.testing.assert_allclose([row["win_probability"] for row in rows], verdicts.first_win, atol=1e-5)
+    assert summary["win_rate"] == np.mean(verdicts.first_win > 0.5)
+    assert summary["interval"][0] < summary["win_rate"] < summary["interval"][1]
+    assert summary["kl"]["per_response"] > 0 and summary["kl"]["num_responses"] == 16
+    total = summary["kl"]["per_token"] * summary["kl"]["num_tokens"]
+    assert summary["kl"]["per_response"] == pytest.approx(total / 16)
+
+
+def test_eval_of_a_model_against_itself(llama: Inputs) -> None:
+    finished = oatlite(
+        *("eval", "--model", llama.policy, "--prompts", llama.prompts, "--max-prompts", "16", *CPU, "--json"),
+        *("--oracle", llama.reward_model, "--max-new-tokens", str(NEW_TOKENS), "--temperature", "1.0"),
+        *("--against", llama.policy, "--kl-to", llama.policy),
+    )
+    assert finished.returncode == 0, finished.stderr
+    summary = json.loads(finished.stdout)
+    assert summary["win_rate"] == 0.5 == summary["win_probability"]
+    assert summary["reward"] == summary["opponent_reward"]
+    kl = summary["kl"]
+    assert (kl["per_response"], kl["per_token"], kl["per_response_error"]) == (0, 0, 0) and kl["num_tokens"] > 16
+
+
+def test_the_kl_is_what_transformers_gives(llama: Inputs, tmp_path: Path) -> None:
+    """The same estimate on given responses, computed one by one."""
+    from oatlite.config.schema import Config, ModelConfig
+    from oatlite.data import PromptSet
+    from oatlite.inference.divergence import divergence
+    from oatlite.inference.job import Response
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
+    base = save_model(tmp_path / "base", "llama", seed=5, **sizes)
+    rng = np.random.default_rng(0)
+    tokens = [rng.integers(3, 250, rng.integers(2, 30)).astype(np.int32) for _ in range(9)]
+    answers = [[rng.integers(0, 250, rng.integers(1, 40)).tolist() for _ in range(2)] for _ in tokens]
+    prompts = PromptSet(
+        texts=[""] * 9, raw_texts=[""] * 9, tokens=tokens, references=None, rows=np.arange(9), num_dropped=0
+    )
+    responses = [
+        [
+            Response(sampling=0, prompt=i, sample=n, text="", tokens=answer, logprob=0.0, is_finished=True)
+            for n, answer in enumerate(some)
+        ]
+        for i, some in enumerate(answers)
+    ]
+    config = Config(model=ModelConfig(dtype="float32"))
+    found = divergence(config, str(llama.policy), base, prompts, responses, 2, lambda *_: None)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (llama.policy, base))
+    differences, lengths = [], []
+    for prompt, some in zip(tokens, answers, strict=True):
+        for answer in some:
+            one, other = (logprob(model, prompt.tolist(), answer) for model in (ours, theirs))
+            differences.append(one - other)
+            lengths.append(len(answer))
+    assert found.per_response == pytest.approx(np.mean(differences), abs=1e-4)
+    assert found.per_response_error == pytest.approx(np.std(differences, ddof=1) / np.sqrt(18), rel=1e-4)
+    assert found.per_token == pytest.approx(sum(differences) / sum(lengths), abs=1e-4)
+    assert (found.num_responses, found.num_tokens) == (18, sum(lengths))
+    own = divergence(config, base, base, prompts, responses, 2, lambda *_: None)
+    assert (own.per_response, own.per_token) == (0, 0)
+
+
+def chat_model(folder: Path) -> Path:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 128}
+    return Path(save_model(folder, "llama", seed=1, tokenizer=byte_tokenizer(chat=True, bos=True), **sizes))
+
+
+def test_chat_through_a_pipe_is_greedy_as_hugging_face(tmp_path: Path) -> None:
+    folder = chat_model(tmp_path / "chatty")
+    model, tokenizer = load(folder)
+    lines = ["hello", "and now?", "/reset", "x" * 300, "again"]
+    given = "".join(f"{line}\n" for line in lines) + "/exit\nnever\n"
+    finished = oatlite("chat", "--model", folder, *CPU, "--greedy", "--max-new-tokens", str(NEW_TOKENS), given=given)
+    assert finished.returncode == 0, finished.stderr
+    answers = finished.stdout.split("\n")
+    assert len(answers) == 5 and answers[2] == answers[4] == "", "a line for each question, and nothing else"
+
+    def expected(*turns: str) -> str:
+        text = "".join(f"<{'user' if i % 2 == 0 else 'assistant'}>{turn}" for i, turn in enumerate(turns))
+        ids = tokenizer(f"<bos>{text}<assistant>", add_special_tokens=False, return_tensors="pt").input_ids
+        new = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS)[0, ids.shape[1] :]
+        return whole(re.sub("\r\n|\r|\n", r"\\n", tokenizer.decode(new, skip_special_tokens=True)))
+
+    assert whole(answers[0]) == expected("hello")
+    assert whole(answers[3]) == expected("again")
+    assert answers[1]
+    told = finished.stderr.splitlines()
+    assert told[0] == "the conversation starts anew" and "shorten it" in told[1] and len(told) == 2
+
+
+def test_chat_in_a_terminal_streams_and_stops(llama: Inputs) -> None:
+    command = [str(OATLITE), "chat", "--model", str(llama.policy), *CPU, "--max-new-tokens", "240"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(command[0], command, ENVIRONMENT)
+    until(terminal, b"/reset forgets")
+    until(terminal, b"> ")
+    os.write(terminal, b"go on\n")
+    echoed = until(terminal, b"go on\r\n")
+    read_some(terminal)  # the answer has begun, and 240 tokens take longer than the next line
+    os.write(terminal, b"\x03")
+    rest = until(terminal, b"> ")
+    assert echoed and len(rest) < 1500
+    os.write(terminal, b"\x03")
+    until(terminal, b"oatlite: error: interrupted")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+
+
+def read_some(terminal: int) -> bytes:
+    ready, _, _ = select.select([terminal], [], [], DEADLINE_S)
+    assert ready, "the terminal is silent"
+    return os.read(terminal, 4096)
+
+
+def until(terminal: int, words: bytes) -> bytes:
+    found = b""
+    while words not in found:
+        found += read_some(terminal)
+    return found
+
+
+def start_generating(inputs: Inputs, output: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            *(str(OATLITE), "generate", "--model", str(inputs.policy), "--prompts", str(inputs.prompts), *CPU),
+            *("--output", str(output), "--num-samples", "50", "--max-new-tokens", "230"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def wait_for(name: str, started: subprocess.Popen[str]) -> None:
+    """Until there is such a file in the private folder of the command."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not list(TEMPORARY.glob(f"oatlite-*/{name}")):
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def engines() -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+            if b"oatlite.inference.process" in words and str(TEMPORARY).encode() in words:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "stage", "code", "word"),
+    [(signal.SIGINT, "job.json", 130, "interrupted"), (signal.SIGTERM, "replies.jsonl", 143, "terminated")],
+)
+def test_a_signal_leaves_nothing(llama: Inputs, tmp_path: Path, number: int, stage: str, code: int, word: str) -> None:
+    """While the engine starts, and while it generates."""
+    started = start_generating(llama, tmp_path / "out.jsonl")
+    wait_for(stage, started)
+    started.send_signal(number)
+    out, err = started.communicate(timeout=30)
+    assert started.returncode == code
+    told = [line for line in err.splitlines() if not line.startswith("generate: ")]
+    assert out == "" and told == [f"oatlite: error: {word}"]
+    assert list(tmp_path.iterdir()) == []
+    assert list(TEMPORARY.glob("oatlite-*")) == [] and engines() == []
+
+
+def test_an_engine_that_is_killed_is_told_with_its_log(llama: Inputs, tmp_path: Path) -> None:
+    started = start_generating(llama, tmp_path / "out.jsonl")
+    wait_for("log", started)
+    [engine] = engines()
+    os.kill(engine, signal.SIGKILL)
+    out, err = started.communicate(timeout=30)
+    assert started.returncode == 3 and out == "" and err.count("\n") == 1
+    assert f"the engine of {llama.policy} failed: its process was killed by signal 9; log: " in err
+    [log] = TEMPORARY.glob("oatlite-*")
+    assert err.endswith(f"{log}\n") and list(tmp_path.iterdir()) == []
+    log.unlink()
