@@ -35,6 +35,12 @@ OFFLINE = (
     *("--offline", "--algo", "kto", "--learners", "2", "--micro-batch-size", "4"),
     *("--set", "learner.zero_stage=3", "--set", "learner.buffer_size=32"),
 )
+# The epistemic head with its comparisons, on two ranks that must hold the same one.
+EXPLORED = (
+    *("--algo", "dpo", "--actors", "2", "--learners", "2", "--micro-batch-size", "4"),
+    *("--explore", "sea-bai", "--num-candidates", "3", "--set", "explore.members=5", "--best-of-n", "2"),
+    *("--set", "explore.self_label_ratio=0.25", "--set", "explore.burn_in=2"),
+)
 
 
 def wait_for_line(process: subprocess.Popen[str], words: str) -> str:
@@ -116,7 +122,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Path, killed: Path, 
     assert "is finished" in again.output
 
 
-@pytest.mark.parametrize("case", [TWO_RANKS, ADAPTER, OFFLINE], ids=["two ranks", "adapter", "offline"])
+@pytest.mark.parametrize(
+    "case", [TWO_RANKS, ADAPTER, OFFLINE, EXPLORED], ids=["two ranks", "adapter", "offline", "explored"]
+)
 def test_ranks_go_on_as_if_nothing_had_been(case: tuple[str, ...], llama: Inputs, tmp_path: Path) -> None:
     undisturbed = train(llama, tmp_path / "whole", *case, *COMMON)
     assert undisturbed.exit_code == 0, undisturbed.output

@@ -1,0 +1,50 @@
+"""Exploration by the epistemic head with vLLM and DeepSpeed: pairs chosen among candidates, on one rank and on two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import Inputs, Run, leftovers, read_lines, train
+from safetensors.torch import load_file
+from small_pairrm import save_pairrm
+
+SMALL = ("--num-candidates", "4", "--set", "explore.members=5", "--set", "explore.hidden_size=16")
+
+
+@pytest.fixture(scope="module")
+def explored(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("explored") / "sea"
+    own_pairs = ("--set", "explore.self_label_ratio=0.25", "--set", "explore.burn_in=1")
+    return train(llama, folder, "--algo", "dpo", "--explore", "sea-bai", *SMALL, *own_pairs, "--best-of-n", "2")
+
+
+def test_a_run_with_sea_asks_about_chosen_pairs_and_learns_a_head(explored: Run) -> None:
+    assert explored.exit_code == 0, explored.output
+    assert leftovers(explored.folder) == []
+    steps, pairs = explored.records("step"), read_lines(explored.folder / "samples.jsonl")
+    own = [pair for pair in pairs if pair.get("is_self_labelled")]
+    assert {pair["step"] for pair in own} == {2, 3} and len(own) <= 2 * 4
+    asked = [p for p in pairs if not p.get("is_self_labelled") and p["chosen"] != p["rejected"]]
+    assert steps[-1]["queries"] == len(asked) <= 16 + 2 * 12
+    assert all(record["head/loss"] > 0 and 0 <= record["head/accuracy"] <= 1 for record in steps)
+    assert all(0 < record["head/pull"] <= 0.5 for record in steps)
+    assert all(record["perf"]["head_s"] < record["perf"]["step_s"] for record in steps)
+    assert steps[-1]["trained_pairs"] > 0
+    assert [record["step"] for record in explored.records("eval")] == [0, 2, 3]
+
+
+def test_two_ranks_hold_the_same_head_and_pairrm_gives_features(llama: Inputs, tmp_path: Path) -> None:
+    encoder = save_pairrm(tmp_path / "pairrm")[0]
+    more = ("--set", f"explore.encoder={encoder}", "--set", "explore.head_only=true", "--save-every", "2")
+    run = train(llama, tmp_path / "two", "--explore", "sea-ee", *SMALL, *more, "--learners", "2", "--actors", "2")
+    assert run.exit_code == 0, run.output
+    steps = run.records("step")
+    assert [record["trained_pairs"] for record in steps] == [0, 0, 0]
+    assert "trains on nothing" not in run.output
+    (head,) = (run.folder / "checkpoints").glob("*/head.safetensors")
+    saved = load_file(head)
+    assert saved["comparisons"].shape[1:] == (2, 32), "the states at two prefixes, of 16 each"
+    assert len(saved["comparisons"]) == sum(
+        pair["is_trainable"] for pair in read_lines(run.folder / "samples.jsonl") if pair["step"] <= 2
+    )
