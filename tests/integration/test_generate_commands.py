@@ -28,6 +28,7 @@ pytestmark = pytest.mark.slow
 
 NEW_TOKENS = 12
 CPU = ("--gpus", "0")
+SILENCE_S = 60.0
 
 
 def oatlite(*arguments: str | Path, given: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -253,35 +254,52 @@ def test_chat_through_a_pipe_is_greedy_as_hugging_face(tmp_path: Path) -> None:
     assert told[0] == "the conversation starts anew" and "shorten it" in told[1] and len(told) == 2
 
 
+class Terminal:
+    """The person's end of a pseudo-terminal."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._unread = b""
+
+    def type(self, keys: bytes) -> None:
+        os.write(self._descriptor, keys)
+
+    def some(self) -> None:
+        """Wait until more is shown."""
+        ready, _, _ = select.select([self._descriptor], [], [], SILENCE_S)
+        assert ready, f"nothing comes after {self._unread!r}"
+        self._unread += os.read(self._descriptor, 4096)
+
+    def until(self, words: bytes) -> bytes:
+        """What is shown up to ``words``; what follows is kept for the next time."""
+        while words not in self._unread:
+            self.some()
+        shown, _, self._unread = self._unread.partition(words)
+        return shown
+
+
 def test_chat_in_a_terminal_streams_and_stops(llama: Inputs) -> None:
     command = [str(OATLITE), "chat", "--model", str(llama.policy), *CPU, "--max-new-tokens", "240"]
-    child, terminal = pty.fork()
+    child, descriptor = pty.fork()
     if child == 0:
         os.execve(command[0], command, ENVIRONMENT)
-    until(terminal, b"/reset forgets")
-    until(terminal, b"> ")
-    os.write(terminal, b"go on\n")
-    echoed = until(terminal, b"go on\r\n")
-    read_some(terminal)  # the answer has begun, and 240 tokens take longer than the next line
-    os.write(terminal, b"\x03")
-    rest = until(terminal, b"> ")
-    assert echoed and len(rest) < 1500
-    os.write(terminal, b"\x03")
-    until(terminal, b"oatlite: error: interrupted")
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
-
-
-def read_some(terminal: int) -> bytes:
-    ready, _, _ = select.select([terminal], [], [], DEADLINE_S)
-    assert ready, "the terminal is silent"
-    return os.read(terminal, 4096)
-
-
-def until(terminal: int, words: bytes) -> bytes:
-    found = b""
-    while words not in found:
-        found += read_some(terminal)
-    return found
+    terminal = Terminal(descriptor)
+    try:
+        terminal.until(b"/reset forgets")
+        terminal.until(b"\r\n> ")
+        terminal.type(b"go on\n")
+        terminal.until(b"go on\r\n")
+        terminal.some()  # so the answer has begun, and 240 tokens take longer than what follows
+        terminal.type(b"\x03")
+        assert len(terminal.until(b"\r\n> ")) < 1500
+        terminal.type(b"\x03")
+        terminal.until(b"oatlite: error: interrupted")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def start_generating(inputs: Inputs, output: Path) -> subprocess.Popen[str]:
