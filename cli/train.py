@@ -67,7 +67,7 @@ def train(
     sync_every: Annotated[int | None, setting("rollout.sync_every", ALGORITHM)] = None,
     offline: Annotated[bool | None, setting("rollout.offline", ALGORITHM)] = None,
     explore: Annotated[
-        str | None, setting("explore.rule", ALGORITHM, metavar="sea-bai|sea-ee|uncertainty|passive")
+        str | None, setting("explore.rule", ALGORITHM, metavar="sea-bai|sea-ee|uncertainty|passive|apl")
     ] = None,
     num_candidates: Annotated[int | None, setting("explore.num_candidates", ALGORITHM)] = None,
     max_new_tokens: Annotated[int | None, setting("sampling.max_new_tokens", SAMPLING)] = None,

@@ -32,6 +32,22 @@ def check_oracle_models(config: Config) -> None:
                 )
 
 
+def check_encoder(config: Config) -> None:
+    """That there is something to compute the epistemic head's features with. Raises ConfigError."""
+    encoder = config.explore.encoder
+    names = config.oracle.path if encoder is None else (encoder,)
+    if encoder is None and (len(names) > 1 or kind_of(names[0]) != "model"):
+        raise ConfigError(
+            f"the oracle {', '.join(names)} has no encoder, and --explore {config.explore.rule} learns from features",
+            f"name one with {to_type('explore.encoder', 'MODEL')}, such as a reward model or pairrm",
+        )
+    if encoder is not None:
+        from oatlite.oracles.loading import read_config
+
+        read_config(encoder)
+        check_weights(encoder, "the encoder")
+
+
 def _check_model(path: str, config: Config, *, is_alone: bool) -> None:
     from oatlite.oracles.loading import is_pairrm, read_config
     from oatlite.oracles.reward_model import check_reward_model

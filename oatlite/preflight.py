@@ -16,12 +16,13 @@ from oatlite.data import load_prompts
 from oatlite.errors import ConfigError
 from oatlite.loading import load_callable
 from oatlite.model_checks import check_language_model, max_positions
-from oatlite.oracle_checks import check_oracle_models, try_oracles
+from oatlite.oracle_checks import check_encoder, check_oracle_models, try_oracles
 from oatlite.sources import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from oatlite.algorithms.base import Algorithm
     from oatlite.preferences import PreferenceSet
 
 
@@ -64,8 +65,10 @@ def check(config: Config) -> Plan:
         limit = min(limit, max_positions(reference))
     if not config.rollout.offline:
         check_oracle_models(config)
-    if config.rollout.offline or isinstance(config.algorithm, CustomAlgorithmConfig):
+    if config.rollout.offline or config.explore.rule != "none" or isinstance(config.algorithm, CustomAlgorithmConfig):
         _check_algorithm(config)
+    if config.explore.rule not in ("none", "apl"):
+        check_encoder(config)
     if config.eval.gold_score is not None:
         _check_gold_score(config.eval.gold_score)
     fingerprints = {
@@ -135,10 +138,26 @@ def _check_algorithm(config: Config) -> None:
     from oatlite.algorithms import build_algorithm
 
     algorithm = build_algorithm(config.algorithm)
+    if config.explore.rule != "none":
+        _check_exploring(config, algorithm)
     if config.rollout.offline and algorithm.needs.margins and config.data.margin_key is None:
         raise ConfigError(
             f"--algo {config.algorithm.name} learns from reward margins, which without an oracle the data must bring",
             f"type {to_type('data.margin_key', 'COLUMN')}, or another --algo",
+        )
+
+
+def _check_exploring(config: Config, algorithm: Algorithm) -> None:
+    from oatlite.algorithms.base import Algorithm
+
+    name, rule = config.algorithm.name, config.explore.rule
+    if type(algorithm).select is not Algorithm.select or type(algorithm).sampling_plan is not Algorithm.sampling_plan:
+        raise ConfigError(f"--explore {rule} chooses pairs, and --algo {name} chooses its own", "leave one of them out")
+    if config.explore.self_label_ratio and algorithm.needs.margins:
+        raise ConfigError(
+            f"explore.self_label_ratio = {config.explore.self_label_ratio:g}, and --algo {name} learns from reward "
+            "margins, which only the oracle gives",
+            f"type {to_type('explore.self_label_ratio', 0)}, or another --algo",
         )
 
 

@@ -28,6 +28,7 @@ from oatlite.models import ForwardBatch
 from oatlite.oracles.base import PreferenceOracle, RewardOracle, Verdicts, checked
 from oatlite.preferences import PreferenceSet
 from oatlite.trainer import StepResult
+from oatlite.workers.active import ActivePreferences
 from oatlite.workers.contracts import Share
 from oatlite.workers.evaluation import Judge
 from oatlite.workers.experience import Experience
@@ -271,12 +272,13 @@ def rehearse(
     actors = InMemoryActors(oracle or FunctionOracle(score), policy, eval_oracle)
     share, silent, journal = Share(rank=0, count=1), _Silent(), InMemoryJournal()
     prompts = letter_prompts(4 * prompts_per_step, training_reference)
-    explorer = Explorer(config, share, actors, trainer, CPU) if config.explore.rule != "none" else None
+    head = Explorer(config, share, actors, trainer, CPU) if config.explore.rule not in ("none", "apl") else None
+    explorer = ActivePreferences(config, updater.score_by_reference) if config.explore.rule == "apl" else head
     Learner(
         config=config,
         num_steps=steps,
         experience=Experience(config, share, prompts, algorithm, actors, silent, score, explorer),
-        judge=Judge(config, share, letter_prompts(26, reference), actors, score, explorer),
+        judge=Judge(config, share, letter_prompts(26, reference), actors, score, head),
         actors=actors,
         updater=updater,
         ranks=trainer,
@@ -349,6 +351,6 @@ def _learning_half(
     seed = config.run.seed
     policy, initial = BigramPolicy(seed), BigramPolicy(seed).requires_grad_(False)
     trainer = InMemoryTrainer(policy, config.learner.lr, keeps_behaviour=keeps_behaviour)
-    scores = initial if algorithm.needs.reference or config.learner.log_kl else None
+    scores = initial if algorithm.needs.reference or config.learner.log_kl or config.explore.rule == "apl" else None
     layout = Layout(name="shared", pad_token_id=EOS, device=CPU)
     return policy, trainer, Updater(config, trainer, algorithm, scores, layout)

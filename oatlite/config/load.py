@@ -98,6 +98,8 @@ def load_config(
         check_key(key, given.source, _algorithm(merged))
     config = _validate(merged)
     _check_task(config)
+    if config.explore.rule == "none":
+        _check_exploration(merged)
     if is_offline:
         _check_all_is_read(merged)
     return config
@@ -263,6 +265,13 @@ def _check_task(config: Config) -> None:
         raise ConfigError(f"{given} is given and {other} is not", "give both, or neither for a preset")
     if not config.oracle.path:
         raise ConfigError("no oracle is given", "add --oracle REWARD_MODEL (a folder or a hub id)")
+
+
+def _check_exploration(merged: Layer) -> None:
+    """Refuse options that were typed for a rule that there is none of."""
+    for key, given in merged.items():
+        if key.startswith("explore.") and key != "explore.rule" and given.source.startswith("--"):
+            raise ConfigError(f"{given.source} is for exploration, and there is none", "add --explore sea-bai")
 
 
 def _check_all_is_read(merged: Layer) -> None:

@@ -110,6 +110,7 @@ def _filled(config: Config, num_gpus: int) -> dict[str, Any]:
     default(placement, "actors", 0 if config.rollout.offline else max(placement["gpus"], placement["learners"]))
     default(model, "reference", model["path"])
     default(model, "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
+    values["explore"]["encoder"] = PAIRRM.get(values["explore"]["encoder"], values["explore"]["encoder"])
     for section, key in (("oracle", "path"), ("eval", "oracle")):
         values[section][key] = tuple(PAIRRM.get(name, name) for name in values[section][key])
     default(values["oracle"], "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
@@ -298,7 +299,7 @@ def _check_paths(config: Config) -> None:
 
 def named_paths(config: Config) -> list[tuple[str, str]]:
     """Every model and dataset that a configuration names, each with its key: files, folders or hub ids."""
-    keys = ("model.path", "model.reference", "data.prompts", "data.preferences")
+    keys = ("model.path", "model.reference", "data.prompts", "data.preferences", "explore.encoder")
     values = [(key, getattr(getattr(config, key.split(".")[0]), key.split(".")[1])) for key in keys]
     models = [(key, name) for key, name in _oracle_names(config) if kind_of(name) == "model"]
     return [(key, value) for key, value in [*values, *models] if value is not None]

@@ -33,6 +33,7 @@ def _numbers(value: object) -> object:
         raise ValueError("must be numbers with commas between them, as in 0.7,0.3") from None
 
 
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
 
@@ -188,7 +189,7 @@ class ExploreConfig(Section):
     """Which two of several candidates go to the oracle, by a reward head that knows what it does not know (SEA,
     arXiv 2411.01493)."""
 
-    rule: Literal["none", "sea-bai", "sea-ee", "uncertainty", "passive"] = Field(
+    rule: Literal["none", "sea-bai", "sea-ee", "uncertainty", "passive", "apl"] = Field(
         "none", description="which two of several candidates the oracle compares; none: the algorithm says"
     )
     num_candidates: Annotated[int, Field(ge=2)] = Field(10, description="responses per prompt to choose two from")
@@ -201,6 +202,12 @@ class ExploreConfig(Section):
     allow_second_best: bool = Field(False, description="sea-ee: a member's second best may be the second choice")
     max_tries: PositiveInt | None = Field(None, description="sea-ee: members asked for a second choice; default: all")
     head_only: bool = Field(False, description="only the head learns, and the policy stays (EE4LLM, arXiv 2402.00396)")
+    entropy_share: PositiveShare = Field(
+        0.5, description="apl: share of the prompts that is kept, those whose responses are the least likely"
+    )
+    certainty_share: PositiveShare = Field(
+        1.0, description="apl: share of the pairs that is kept, those that the implicit reward tells apart the most"
+    )
     self_label_ratio: Probability = Field(
         0.0, description="share of prompts whose pair a member of the head labels itself, at no query"
     )

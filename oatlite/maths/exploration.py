@@ -7,6 +7,7 @@ gives a :class:`Duels`; ties go to the lowest index. Shape suffixes: E members, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -101,6 +102,34 @@ def self_labelled_pairs(rewards: Rewards, members: Indices) -> Duels:
     prompts = np.arange(rewards.shape[1])
     sampled = rewards[members[:, 0], prompts]  # (M, N)
     return Duels(sampled.argmax(1), sampled.argmin(1))
+
+
+def least_certain_prompts(logprobs: Rewards, share: float) -> Indices:
+    """The ``share`` of M prompts (rounded up) whose predictive entropy is the highest, in their order.
+
+    ``logprobs`` (M, N) are those of whole sampled responses, minus whose mean estimates the entropy (APL, arXiv
+    2402.08114, equation 4).
+    """
+    return _highest(-logprobs.mean(1), share)
+
+
+def most_separated_pairs(implicit_rewards: Rewards, share: float) -> tuple[Indices, Indices, Indices]:
+    """The pair of each prompt that differs the most, and of these the ``share`` (rounded up) that differs the most.
+
+    ``implicit_rewards`` (M, N) are ``log pi - log pi_ref`` (APL, equation 5, but for beta). Gives the prompts that are
+    kept, in their order, and the two candidates of each, which are never the same.
+    """
+    num_prompts, num_candidates = implicit_rewards.shape
+    first, second = np.triu_indices(num_candidates, 1)
+    margins = np.abs(implicit_rewards[:, first] - implicit_rewards[:, second])
+    widest = margins.argmax(1)
+    kept = _highest(margins[np.arange(num_prompts), widest], share)
+    return kept, first[widest[kept]], second[widest[kept]]
+
+
+def _highest(values: npt.NDArray[np.floating], share: float) -> Indices:
+    count = math.ceil(share * len(values) - 1e-9)
+    return np.sort(np.argsort(-values, kind="stable")[:count])
 
 
 def logits_variance(rewards: Rewards) -> npt.NDArray[np.float64]:

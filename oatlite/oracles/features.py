@@ -32,7 +32,7 @@ def build_encoder(config: Config, oracle: PreferenceOracle, *, device: str) -> E
     path = config.explore.encoder
     if path is None or (path,) == config.oracle.path:
         if not isinstance(oracle, Encodes):
-            raise no_encoder(config)
+            raise ConfigError(f"the oracle {', '.join(config.oracle.path)} gives no features", "set explore.encoder")
         return oracle
     if is_pairrm(read_config(path)):
         from oatlite.oracles.pairrm import PairRMOracle
@@ -50,13 +50,6 @@ def build_encoder(config: Config, oracle: PreferenceOracle, *, device: str) -> E
         batch_tokens=config.oracle.batch_tokens,
         dtype=config.oracle.dtype,
         device=device,
-    )
-
-
-def no_encoder(config: Config) -> ConfigError:
-    return ConfigError(
-        f"the oracle {', '.join(config.oracle.path)} has no encoder, and --explore learns from features",
-        "name one with --set explore.encoder=MODEL, such as a reward model or pairrm",
     )
 
 

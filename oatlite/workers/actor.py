@@ -52,7 +52,7 @@ def run_actor(spec: WorkerSpec, lifeline: Lifeline) -> None:
     with engine.hugging_face_models():
         oracles = build_oracles(spec.config, device=spec.device)
         encoder = None
-        if spec.config.explore.rule != "none":
+        if spec.config.explore.rule not in ("none", "apl"):
             encoder = build_encoder(spec.config, oracles["train"], device=spec.device)
     lifeline.stage("starting", "warm-up")
     longest = max(1, min(16, spec.max_model_len - WARM_UP_TOKENS))

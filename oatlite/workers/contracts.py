@@ -58,8 +58,13 @@ class Explores(Protocol):
     """See :class:`oatlite.workers.explorer.Explorer`."""
 
     def choose(self, sets: Sequence[CandidateSet], step: int) -> Choice: ...
-    def best(self, sets: Sequence[CandidateSet]) -> list[int]: ...
     def learn(self, comparisons: Float32, num_asked: int, num_before: int) -> dict[str, float]: ...
+
+
+class Favours(Protocol):
+    def best(self, sets: Sequence[CandidateSet]) -> list[int]:
+        """The best candidate of each prompt."""
+        ...
 
 
 class Judges(Protocol):

@@ -13,7 +13,7 @@ from oatlite.data import PromptSet
 from oatlite.metrics.records import Mean
 from oatlite.oracles.base import Verdicts, wins
 from oatlite.oracles.best_of import best_of
-from oatlite.workers.contracts import Actors, Explores, Share
+from oatlite.workers.contracts import Actors, Favours, Share
 from oatlite.workers.experience import EVAL_SEEDS, sample_seeds, sampling_options
 from oatlite.workers.gold import GoldScore
 
@@ -28,14 +28,14 @@ class Judge:
         held_out: PromptSet,
         actors: Actors,
         gold: GoldScore | None,
-        explorer: Explores | None = None,
+        head: Favours | None = None,
     ) -> None:
         self._config = config
         self._share = share
         self._held_out = held_out
         self._actors = actors
         self._gold = gold
-        self._explorer = explorer
+        self._head = head
 
     @property
     def num_prompts(self) -> int:
@@ -83,12 +83,12 @@ class Judge:
         seeds = sample_seeds(self._config.run.seed, EVAL_SEEDS, 0, rows, config.best_of_n)
         tokens = [self._held_out.tokens[i] for i in mine]
         candidates, _ = self._actors.generate(tokens, seeds, ["policy"] * config.best_of_n, sampling)
-        if self._explorer is not None and config.best_of_n > 1:
+        if self._head is not None and config.best_of_n > 1:
             sets = [
                 CandidateSet(prompt=prompt, prompt_tokens=self._held_out.tokens[i], candidates=found)
                 for prompt, i, found in zip(prompts, mine, candidates, strict=True)
             ]
-            return [found[n] for found, n in zip(candidates, self._explorer.best(sets), strict=True)]
+            return [found[n] for found, n in zip(candidates, self._head.best(sets), strict=True)]
         best = best_of(
             lambda *pairs: self._actors.compare(*pairs)[0],
             prompts,

@@ -163,8 +163,11 @@ class Experience:
         return verdicts, len(asked), score_s
 
     def _teach(self, rollouts: Rollouts, choice: Choice, first_wins: Bool, num_before: int) -> None:
-        """Let the head learn from the pairs that the oracle decided; where only the head learns, drop them all."""
-        assert self._explorer is not None
+        """Let the head, if there is one, learn from the pairs that the oracle decided; where only it learns, drop
+        them all."""
+        rollouts.encode_s = choice.seconds
+        if self._explorer is None or choice.features is None:
+            return
         start = time.perf_counter()
         is_decided = np.array([pair.is_trainable for pair in rollouts.pairs], np.bool_) & ~choice.is_self_labelled
         sides = np.where(first_wins[:, None, None], choice.features, choice.features[:, ::-1])
@@ -173,7 +176,7 @@ class Experience:
             rollouts.means[f"head/{name}"] = Mean(value, 1.0)
         if self._config.explore.self_label_ratio:
             rollouts.means["self_labelled"] = Mean(float(choice.is_self_labelled.sum()), len(first_wins))
-        rollouts.encode_s, rollouts.head_s = choice.seconds, time.perf_counter() - start
+        rollouts.head_s = time.perf_counter() - start
         if self._config.explore.head_only:
             rollouts.pairs.clear()
 

@@ -37,11 +37,11 @@ HEADER_BYTES = 4 * 8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """The duels of a rank's step. Those that the head labels itself (``is_self_labelled``, (B,)) are won by their
-    first candidate; ``features`` (B, 2, D) are of both candidates of each duel."""
+    first candidate; ``features`` (B, 2, D) are of both candidates of each duel, where there is a head."""
 
     duels: list[Duel]
     is_self_labelled: Bool
-    features: Float32
+    features: Float32 | None
     seconds: float
 
 

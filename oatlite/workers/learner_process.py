@@ -36,7 +36,8 @@ from oatlite.preferences import load_preferences
 from oatlite.trainer import OptimizerOptions, Ranks, Trainer, join_ranks
 from oatlite.transport import Hub, address
 from oatlite.weights import DTYPES, WeightExporter, create_buffer, plan_layout
-from oatlite.workers.contracts import Collects, Judges, Share
+from oatlite.workers.active import ActivePreferences
+from oatlite.workers.contracts import Collects, Explores, Judges, Share
 from oatlite.workers.evaluation import Judge
 from oatlite.workers.experience import Experience
 from oatlite.workers.explorer import Explorer
@@ -93,11 +94,12 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     reference, at_hand = _reference(config, algorithm, device, policy, trainer)
     updater = Updater(config, trainer, algorithm, reference, rows, at_hand)
     share = Share(rank=spec.index, count=int(config.placement.learners or 1))
-    explorer = None
-    if pool is not None and config.explore.rule != "none":
-        explorer = Explorer(config, share, pool, trainer, device)
-    experience, judge = _halves(spec, pool, algorithm, updater, tokenizer, lifeline, share, explorer)
-    keeper, progress = _checkpoints(spec, trainer, policies, updater, lifeline, explorer)
+    head = None
+    if pool is not None and config.explore.rule not in ("none", "apl"):
+        head = Explorer(config, share, pool, trainer, device)
+    explorer = ActivePreferences(config, updater.score_by_reference) if config.explore.rule == "apl" else head
+    experience, judge = _halves(spec, pool, algorithm, updater, tokenizer, lifeline, share, explorer, head)
+    keeper, progress = _checkpoints(spec, trainer, policies, updater, lifeline, head)
     journal = None
     if spec.index == 0:
         journal = Journal(spec.run_dir, lifeline, _more_sinks(spec), resumed_step=progress.step or None)
@@ -147,7 +149,7 @@ def _checkpoints(
     policies: PolicyWeights,
     updater: Updater,
     lifeline: Lifeline,
-    explorer: Explorer | None,
+    head: Explorer | None,
 ) -> tuple[Keeper, Progress]:
     """What saves the rank's part, and where the run stands: at its beginning, or where it was saved."""
     keeper = Keeper(
@@ -158,7 +160,7 @@ def _checkpoints(
         buffer=updater.buffer,
         rank=spec.index,
         about={"config": spec.config.model_dump(mode="json"), "fingerprints": spec.fingerprints},
-        explorer=explorer,
+        explorer=head,
     )
     if spec.resume_from is None:
         return keeper, Progress()
@@ -174,7 +176,8 @@ def _halves(
     tokenizer: PreTrainedTokenizerBase,
     lifeline: Lifeline,
     share: Share,
-    explorer: Explorer | None,
+    explorer: Explores | None,
+    head: Explorer | None,
 ) -> tuple[Collects, Judges]:
     """Where pairs come from, and what a policy is judged by: with actors or, offline, without."""
     config = spec.config
@@ -186,7 +189,7 @@ def _halves(
     )
     gold = _gold(config)
     experience = Experience(config, share, prompts, algorithm, pool, lifeline, gold, explorer)
-    return experience, Judge(config, share, held_out, pool, gold, explorer)
+    return experience, Judge(config, share, held_out, pool, gold, head)
 
 
 def _load_policy(spec: WorkerSpec) -> tuple[PairModel, dict[str, dict[str, Published]]]:
@@ -241,7 +244,7 @@ def _reference(
 ) -> tuple[Callable[[ForwardBatch], torch.Tensor] | None, Callable[[], AbstractContextManager[None]]]:
     """What scores a pair for the reference: nothing, a model of its own, or the policy with its adapter off. And what
     has to be open meanwhile."""
-    if not (algorithm.needs.reference or config.learner.log_kl):
+    if not (algorithm.needs.reference or config.learner.log_kl or config.explore.rule == "apl"):
         return None, nullcontext
     if config.lora.rank and config.model.reference == config.model.path:
 

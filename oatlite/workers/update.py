@@ -17,6 +17,7 @@ from oatlite.config.schema import Config
 from oatlite.maths.logprobs import mismatch
 from oatlite.maths.losses import PairLosses
 from oatlite.maths.pairs import PairBatch, ResponseLogprobs, pair_tokens
+from oatlite.messages import Float32
 from oatlite.metrics.records import Mean
 from oatlite.models import ForwardBatch, LayoutName, TokenPair, lay_out
 from oatlite.trainer import StepResult
@@ -238,6 +239,18 @@ class Updater:
         return ResponseLogprobs.from_tokens(logprobs, batch.segments, batch.num_pairs, tokens=tokens)
 
     # ------------------------------------------------------------------ what the reference and other prompts say
+
+    def score_by_reference(self, pairs: Sequence[TokenPair], at_most: int) -> list[Float32]:
+        """The reference's log-probabilities of the tokens of both responses of each pair, the chosen one's first.
+
+        All ranks together, none of which has more than ``at_most`` pairs.
+        """
+        entries = [Entry(TrainingPair(tokens=pair, sampler_logprobs=None, is_trainable=True), 0) for pair in pairs]
+        with torch.no_grad():
+            self._score_by_reference(entries, at_most)
+        scored = [entry.reference_logprobs for entry in entries if entry.reference_logprobs is not None]
+        assert len(scored) == len(pairs), "there is a reference"
+        return scored
 
     def _score_by_reference(self, new: Sequence[Entry], at_most: int) -> None:
         """Ask the reference for pairs that it has not seen yet; no rank has more than ``at_most``."""

@@ -34,6 +34,16 @@ def test_a_run_with_sea_asks_about_chosen_pairs_and_learns_a_head(explored: Run)
     assert [record["step"] for record in explored.records("eval")] == [0, 2, 3]
 
 
+def test_active_preference_learning_asks_about_a_part_of_the_prompts(llama: Inputs, tmp_path: Path) -> None:
+    shares = ("--set", "explore.entropy_share=0.75", "--set", "explore.certainty_share=0.5")
+    run = train(llama, tmp_path / "apl", "--algo", "simpo", "--explore", "apl", "--num-candidates", "3", *shares)
+    assert run.exit_code == 0, run.output
+    pairs = read_lines(run.folder / "samples.jsonl")
+    assert len(pairs) == 3 * 6, "a half of three quarters of 16"
+    assert run.records("step")[-1]["queries"] == sum(pair["chosen"] != pair["rejected"] for pair in pairs)
+    assert run.records("step")[-1]["trained_pairs"] > 0
+
+
 def test_two_ranks_hold_the_same_head_and_pairrm_gives_features(llama: Inputs, tmp_path: Path) -> None:
     encoder = save_pairrm(tmp_path / "pairrm")[0]
     more = ("--set", f"explore.encoder={encoder}", "--set", "explore.head_only=true", "--save-every", "2")

@@ -287,6 +287,8 @@ def test_files_and_presets_that_are_not_there() -> None:
         ({"oracle.path": ["http://h:8000"]}, ["type --oracle remote --oracle-url http://h:8000"]),
         ({"oracle.path": ["gone.py:score"]}, ["there is no file gone.py"]),
         ({"oracle.path": ["module:not-a-name"]}, ["must look like file.py:name"]),
+        ({"explore.num_candidates": 4}, ["--num-candidates is for exploration", "add --explore sea-bai"]),
+        ({"explore.rule": "best"}, ["'sea-bai'", "'apl'"]),
         ({"oracle.weights": "1,2"}, ["2 numbers", "1 oracle", "leave it out"]),
         ({"oracle.path": ["a", "b"], "oracle.weights": "1"}, ["1 number", "2 oracles", "--oracle-weights 1,1"]),
         ({"oracle.weights": "1,x"}, ["oracle.weights = '1,x' (--oracle-weights) must be numbers with commas"]),

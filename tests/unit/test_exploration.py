@@ -17,7 +17,9 @@ from oatlite.maths.exploration import (
     disagreement,
     draw_members,
     explore_exploit_duels,
+    least_certain_prompts,
     logits_variance,
+    most_separated_pairs,
     passive_duels,
     probabilities_variance,
     self_labelled_pairs,
@@ -119,6 +121,24 @@ def test_self_labelled_pairs(rewards: np.ndarray, seed: int) -> None:
         gaps = [sampled[i] - sampled[j] for i in range(len(sampled)) for j in range(len(sampled))]
         assert sampled[pairs.first[m]] - sampled[pairs.second[m]] == max(gaps)
         assert pairs.is_clash[m] == (max(gaps) == 0)
+
+
+@given(rewards_of_all_kinds, st.sampled_from([0.01, 0.3, 0.5, 1.0]))
+def test_active_preference_learning_keeps_what_its_definitions_say(rewards: np.ndarray, share: float) -> None:
+    logprobs = rewards[0]  # (M, N)
+    count = math.ceil(share * len(logprobs))
+    kept = least_certain_prompts(logprobs, share).tolist()
+    entropies = [-sum(row) / len(row) for row in logprobs.tolist()]
+    assert kept == sorted(sorted(range(len(entropies)), key=lambda m: -entropies[m])[:count])
+    prompts, first, second = most_separated_pairs(logprobs, share)
+    widest = [
+        max(abs(row[i] - row[j]) for i, j in itertools.combinations(range(len(row)), 2)) for row in logprobs.tolist()
+    ]
+    assert len(prompts) == count and (np.diff(prompts) > 0).all() and (first < second).all()
+    for m, i, j in zip(prompts, first, second, strict=True):
+        assert abs(logprobs[m, i] - logprobs[m, j]) == widest[m]
+    left_out = [widest[m] for m in range(len(widest)) if m not in prompts]
+    assert max(left_out, default=0.0) <= min(widest[m] for m in prompts)
 
 
 @given(rewards_of_all_kinds, seeds)

@@ -391,6 +391,32 @@ def test_the_head_labels_its_own_pairs_after_the_burn_in_and_at_no_query() -> No
     assert np.mean(right) > 0.85
 
 
+def test_active_preference_learning_asks_where_the_policy_is_unsure_about_what_it_tells_apart() -> None:
+    explore = {"rule": "apl", "num_candidates": 5, "entropy_share": 0.5, "certainty_share": 0.75}
+    run = rehearse(algorithm(SIMPO), share_of_e, steps=30, settings={"explore": explore})
+    steps = run.journal.of("step")
+    assert [record["queries"] for record in steps[:3]] == [12, 24, 36], "three quarters of a half of 32"
+    assert run.journal.of("eval")[-1]["win_rate"] > run.journal.of("eval")[0]["win_rate"] + 0.25
+    assert not any("head/loss" in record for record in steps)
+    # Before the first update nothing is told apart, and the first two candidates meet.
+    everything = {"rule": "apl", "num_candidates": 2, "entropy_share": 1.0, "certainty_share": 1.0}
+    plain, active = (
+        rehearse(algorithm(DPO), share_of_e, steps=4, settings={"explore": options} if options else {})
+        for options in ({}, everything)
+    )
+    assert active.journal.pairs == plain.journal.pairs
+
+
+def test_active_preference_learning_picks_the_pair_of_the_largest_implicit_margin() -> None:
+    explore = {"rule": "apl", "num_candidates": 4, "entropy_share": 1.0, "certainty_share": 1.0}
+    kept, passive = (
+        rehearse(algorithm(DPO), share_of_e, steps=10, settings={"explore": options})
+        for options in (explore, {"rule": "passive", "num_candidates": 4})
+    )
+    margins = [[abs(r["margin"]) for r in run.journal.of("step")[4:]] for run in (kept, passive)]
+    assert np.mean(margins[0]) > 1.3 * np.mean(margins[1])
+
+
 def test_the_head_stops_learning_after_its_budget() -> None:
     explore = {"rule": "passive", "learn_until": 70, **EXPLORE}
     run = rehearse(algorithm(DPO), share_of_e, steps=4, settings={"explore": explore})

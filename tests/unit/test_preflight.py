@@ -77,6 +77,25 @@ def test_a_run_without_evaluation_needs_no_references(options):
     refused(changed(options, data={"reference_key": "gold"}), "no column gold", "prompt, reference")
 
 
+def test_exploration_needs_an_encoder_and_pairs_that_are_its_to_choose(options, folders, tmp_path):
+    explored = {"explore": {"rule": "sea-ee"}}
+    assert check(changed(options, **explored)).num_prompts
+    (tmp_path / "own.py").write_text(
+        "def score(prompt, response): return 0.0\n"
+        "from oatlite.algorithms.dpo import DPO\n"
+        "class Chooses(DPO):\n    def select(self, candidates, scores, rng): return []\n"
+    )
+    function = {"oracle": {"path": (f"{tmp_path}/own.py:score",)}}
+    refused(changed(options, **explored, **function), "has no encoder", "--set explore.encoder=MODEL")
+    with_encoder = {"explore": {"rule": "sea-ee", "encoder": str(folders / "policy")}}
+    assert check(changed(options, **with_encoder, **function)).num_prompts
+    refused(changed(options, explore={"rule": "sea-ee", "encoder": str(tmp_path / "none")}), "does not exist")
+    own = {"algorithm": {"name": f"{tmp_path}/own.py:Chooses"}}
+    refused(changed(options, **explored, **own), "chooses its own", "leave one of them out")
+    labelled = {"explore": {"rule": "sea-ee", "self_label_ratio": 0.3}, "algorithm": {"name": "kl"}}
+    refused(changed(options, **labelled), "reward margins", "explore.self_label_ratio=0")
+
+
 def test_missing_things_are_named(options, tmp_path):
     refused(changed(options, model={"path": str(tmp_path / "none")}), "the policy", "does not exist")
     (tmp_path / "empty").mkdir()
