@@ -53,14 +53,13 @@ class HeadTrainer:
     def learn(self, num_queries: int) -> dict[str, float]:
         """The steps that are due after ``num_queries`` comparisons were asked for.
 
-        Gives the mean loss over them, the share of comparisons whose chosen response the mean reward prefers, and the
-        weight of the pull; nothing before the first comparison.
+        Gives the mean loss over them and the weight of the pull; nothing before the first comparison.
         """
         count = min(self._batch_size, len(self))
         if not count:
             return {}
         pull = self._pull if self._is_pull_fixed else self._pull * count / max(num_queries, count)
-        losses, right = [], []
+        losses = []
         for _ in range(self._num_steps):
             drawn = torch.randperm(len(self), generator=self._generator)[:count]
             chosen, rejected = self._comparisons[drawn].to(self.head.weights[0].device).unbind(1)
@@ -69,9 +68,14 @@ class HeadTrainer:
             loss.backward()
             self._optimizer.step()
             losses.append(loss.detach())
-            with torch.no_grad():
-                right.append((self.head(chosen).mean(0) > self.head(rejected).mean(0)).float().mean())
-        return {"loss": float(torch.stack(losses).mean()), "accuracy": float(torch.stack(right).mean()), "pull": pull}
+        return {"loss": float(torch.stack(losses).mean()), "pull": pull}
+
+    @torch.no_grad()
+    def accuracy(self, chosen: Tensor, rejected: Tensor) -> float:
+        """The share of comparisons, features (B, D), whose chosen response has the higher mean reward."""
+        device = self.head.weights[0].device
+        chosen_rewards, rejected_rewards = (self.head(side.to(device)).mean(0) for side in (chosen, rejected))
+        return float((chosen_rewards > rejected_rewards).float().mean())
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name, in CPU memory."""

@@ -86,8 +86,9 @@ class Explorer:
         """Learn from this rank's comparisons, features (B, 2, D) of the chosen and the rejected response, and from
         those of the other ranks; all ranks together.
 
-        This rank made ``num_asked`` queries in this step, and all ranks ``num_before`` before it. Gives what was
-        measured, nothing where nothing was learned.
+        This rank made ``num_asked`` queries in this step, and all ranks ``num_before`` before it. Gives the accuracy
+        on these comparisons before they were learned from, and what was measured while learning; nothing where nothing
+        was learned.
         """
         header = np.array([*comparisons.shape, num_asked], np.int64)
         parts = self._ranks.gather_bytes(header.tobytes() + comparisons.astype(np.float32).tobytes())
@@ -99,10 +100,12 @@ class Explorer:
         until = self._config.explore.learn_until
         if self._trainer is None or (until is not None and num_queries > until):
             return {}
-        for theirs in gathered:
-            if len(theirs):
-                self._trainer.add(*torch.from_numpy(theirs.copy()).unbind(1))
-        return self._trainer.learn(num_queries)
+        chosen, rejected = torch.from_numpy(np.concatenate(gathered)).unbind(1)
+        figures = {}
+        if len(chosen):
+            figures["accuracy"] = self._trainer.accuracy(chosen, rejected)
+            self._trainer.add(chosen, rejected)
+        return figures | self._trainer.learn(num_queries)
 
     def state(self) -> dict[str, torch.Tensor]:
         """For a checkpoint, tensors by name; nothing before the first features."""
