@@ -80,7 +80,7 @@ class ModelEncoder:
         """See :meth:`Encodes.features`."""
         from oatlite.oracles.reward_model import pooled_states
 
-        texts = [prompt + join(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        texts = [prompt + (join(prompt, text) if text else "") for prompt, text in zip(prompts, responses, strict=True)]
         ids: list[list[int]] = [self.tokenizer(text, verbose=False)["input_ids"] for text in texts]
         found = np.full((len(ids), self.model.config.get_text_config().hidden_size), np.nan, np.float32)
         lengths = [len(each) for each in ids]
