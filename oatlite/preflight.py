@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from oatlite.config.algorithms import CustomAlgorithmConfig
 from oatlite.config.flags import to_type
+from oatlite.config.resolve import pairs_of_step
 from oatlite.config.schema import Config
 from oatlite.data import load_prompts
 from oatlite.errors import ConfigError
@@ -94,9 +95,9 @@ def check(config: Config) -> Plan:
     check_lengths(config, longest, config.sampling.max_new_tokens, limit, "sampling.max_new_tokens")
     fingerprints["prompts"] = _digest([tokens.tolist() for tokens in training.tokens])
     num_steps = _num_steps(config, len(training), len(held_out), "prompts")
-    total_steps, num_queries = num_steps, num_steps * config.rollout.prompts_per_step
+    total_steps, num_queries = num_steps, num_steps * pairs_of_step(config)
     if config.data.max_queries is not None:
-        total_steps = min(total_steps, -(-config.data.max_queries // config.rollout.prompts_per_step))
+        total_steps = min(total_steps, -(-config.data.max_queries // pairs_of_step(config)))
         num_queries = min(num_queries, config.data.max_queries)
     return Plan(
         num_prompts=len(training),

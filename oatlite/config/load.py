@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 PRESETS = Path(__file__).parent / "presets"
+BASE = "base"
+"""In a preset, the name of the one that it changes."""
 
 
 class Given(NamedTuple):
@@ -135,7 +137,9 @@ def _read_preset(name: str) -> Layer:
             f"there is no preset {name!r} ({', '.join(preset_names())})",
             f"type --preset {nearest(name, preset_names(), always=True)}",
         )
-    return _read_file(PRESETS / f"{name}.toml", f"preset {name}")
+    layer = _read_file(PRESETS / f"{name}.toml", f"preset {name}")
+    base = layer.pop(BASE, None)
+    return layer if base is None else _merge([_read_preset(str(base.value)), layer])
 
 
 def _default_preset(num_gpus: int | None, asked: Layer) -> list[Layer]:
@@ -168,6 +172,8 @@ def _read_file(path: Path, source: str) -> Layer:
             f"{path} is no valid TOML: {error}", 'write lines such as name = "text" or lr = 1e-4'
         ) from None
     layer: Layer = {}
+    if path.parent == PRESETS and BASE in tables:
+        layer[BASE] = Given(tables.pop(BASE), source)
     for section, table in tables.items():
         if section not in SECTIONS:
             raise unknown_section(section, source) if isinstance(table, dict) else unknown_key(section, source)

@@ -71,7 +71,7 @@ def num_steps(config: Config) -> int | None:
     if config.data.max_prompts is not None:
         bounds.append(config.data.max_prompts // config.rollout.prompts_per_step * config.data.epochs)
     if config.data.max_queries is not None:
-        bounds.append(math.ceil(config.data.max_queries / config.rollout.prompts_per_step))
+        bounds.append(math.ceil(config.data.max_queries / pairs_of_step(config)))
     return min(bounds, default=None)
 
 
@@ -82,11 +82,24 @@ def gradient_steps(config: Config, step: int, *, passes: int | None = None) -> i
     step until it is full or cleared.
     """
     learner, per_step = config.learner, config.rollout.prompts_per_step
+    if config.explore.head_only:
+        return 0
     assert learner.batch_size is not None and learner.buffer_size is not None, "resolved first"
     since_cleared = (step - 1) % learner.buffer_clear_every + 1 if learner.buffer_clear_every is not None else step
     held_steps = min(since_cleared, learner.buffer_size // per_step)
-    count = held_steps * (per_step // learner.batch_size) * (learner.passes if passes is None else passes)
+    count = (
+        held_steps * -(-pairs_of_step(config) // learner.batch_size) * (learner.passes if passes is None else passes)
+    )
     return min(count, learner.max_gradient_steps or count)
+
+
+def pairs_of_step(config: Config) -> int:
+    """Pairs that the oracle is asked about in a step: of active preference learning a share of the prompts, else one for
+    each."""
+    per_step, explore = config.rollout.prompts_per_step, config.explore
+    if explore.rule != "apl":
+        return per_step
+    return math.ceil(per_step * explore.entropy_share * explore.certainty_share)
 
 
 def actors_of_rank(config: Config, rank: int) -> list[int]:

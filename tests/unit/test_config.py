@@ -12,7 +12,7 @@ import pytest
 from oatlite.config.dump import toml_value
 from oatlite.config.load import dump_toml, load_config, num_steps, preset_names, resolve
 from oatlite.config.placement import places, starts_after
-from oatlite.config.resolve import actors_of_rank
+from oatlite.config.resolve import actors_of_rank, gradient_steps
 from oatlite.config.schema import Config
 from oatlite.errors import ConfigError
 from oatlite.hardware import Gpu, visible
@@ -45,7 +45,16 @@ def toml(text: str) -> Path:
 
 
 def test_every_shipped_preset_loads() -> None:
-    assert preset_names() == ["demo", "tldr"]
+    assert preset_names() == [
+        *("demo", "tldr", "tldr-apl", "tldr-dpo-judge", "tldr-dpo-remote", "tldr-dpo-remote-6.9b", "tldr-dpo-sea"),
+        *("tldr-ee4llm", "tldr-offline", "tldr-sea"),
+    ]
+    for name in preset_names():
+        planned = resolved(8, preset=name)
+        assert gradient_steps(planned, 1) == (0 if name == "tldr-ee4llm" else 1), name
+    assert resolved(8, preset="tldr-dpo-judge").data.max_prompts == 50000, "what it does not change is its base's"
+    assert resolved(8, preset="tldr-sea").algorithm.name == "simpo"
+    assert num_steps(resolved(8, preset="tldr-apl")) == 4 * (100000 // 1024), "128 queries each"
     assert num_steps(resolved(preset="demo")) == 1536 // 64
     assert num_steps(resolved(2, preset="tldr")) == 50000 // 128
 
