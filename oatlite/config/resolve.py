@@ -94,8 +94,7 @@ def gradient_steps(config: Config, step: int, *, passes: int | None = None) -> i
 
 
 def pairs_of_step(config: Config) -> int:
-    """Pairs that the oracle is asked about in a step: of active preference learning a share of the prompts, else one for
-    each."""
+    """Pairs that the oracle is asked about in a step: one for each prompt, or for a share of them."""
     per_step, explore = config.rollout.prompts_per_step, config.explore
     if explore.rule != "apl":
         return per_step
