@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from oatlite.config.flags import to_type
-from oatlite.config.oracle_names import kind_of
+from oatlite.config.oracle_names import for_evaluation, kind_of
 from oatlite.config.schema import Config
 from oatlite.data import load_tokenizer
 from oatlite.errors import ConfigError, OracleError
@@ -81,10 +81,15 @@ def try_oracles(config: Config, prompt: str, reference: str | None) -> None:
 
     Raises ConfigError for a function, and OracleError for a server, that cannot be used.
     """
-    for names in (config.oracle.path, config.eval.oracle):
-        asked = [name for name in names if kind_of(name) != "model"]
+    for each in both_purposes(config):
+        asked = [name for name in each.oracle.path if kind_of(name) != "model"]
         if asked:
-            _try(names if len(asked) == len(names) else asked, config, prompt, reference)
+            _try(asked, each, prompt, reference)
+
+
+def both_purposes(config: Config) -> list[Config]:
+    """The configuration as training's oracle sees it, and as that of evaluation does, if it is another."""
+    return [config, for_evaluation(config)] if config.eval.oracle else [config]
 
 
 def _try(names: Sequence[str], config: Config, prompt: str, reference: str | None) -> None:

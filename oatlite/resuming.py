@@ -13,9 +13,16 @@ from oatlite.config.schema import Config
 from oatlite.errors import CheckpointError, ConfigError
 
 # What may differ between a run and its continuation: it changes nothing that is learned.
-FREE_SECTIONS = ("run", "timeouts", "checkpoint", "sync")
+FREE_SECTIONS = ("run", "timeouts", "checkpoint", "sync", "remote")
 FREE_KEYS = (
     "eval.every",
+    "eval.every_queries",
+    "eval.url",
+    "eval.judge_url",
+    "judge.url",
+    "judge.key_env",
+    "judge.concurrency",
+    "judge.timeout_s",
     "oracle.batch_tokens",
     "placement.gpus",
     "placement.actors",

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from oatlite.config.schema import Config
 
 Kind = Literal["model", "function", "remote", "judge"]
+
+
+def for_evaluation(config: Config) -> Config:
+    """``config`` with the oracle of evaluation, and its own options where it has any, in place of that of training."""
+    eval_ = config.eval
+    own: dict[str, dict[str, Any]] = {
+        "oracle": {"path": eval_.oracle, "chat_template": eval_.chat_template, "max_tokens": eval_.max_tokens},
+        "remote": {"url": eval_.url},
+        "judge": {"model": eval_.judge_model, "url": eval_.judge_url},
+    }
+    changed = {
+        section: getattr(config, section).model_copy(
+            update={key: value for key, value in values.items() if value is not None}
+        )
+        for section, values in own.items()
+    }
+    changed["oracle"] = changed["oracle"].model_copy(update={"weights": eval_.weights})
+    return config.model_copy(update=changed)
 
 
 def kind_of(name: str) -> Kind:

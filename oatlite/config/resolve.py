@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from oatlite.config.addresses import check_address
 from oatlite.config.flags import to_type
 from oatlite.config.oracle_names import kind_of
 from oatlite.config.placement import places
@@ -325,22 +326,32 @@ def _oracle_names(config: Config) -> list[tuple[str, str]]:
 def _check_oracles(config: Config) -> None:
     """That each oracle has what its kind needs, and several have a weight each."""
     names = [name for _, name in _oracle_names(config)]
-    if "remote" in names and config.remote.url is None:
+    needs_server = "remote" in config.oracle.path or ("remote" in names and config.eval.url is None)
+    if needs_server and config.remote.url is None:
         raise ConfigError("the oracle is remote, and its server is not named", "add --oracle-url http://HOST:PORT")
     for name in names:
         if name.startswith(("http://", "https://")):
             typed = f"{to_type('oracle.path', 'remote')} {to_type('remote.url', name)}"
             raise ConfigError(f"the oracle {name} is a web address", f"type {typed}")
-    if "judge" in names and config.judge.model is None:
+    needs_judge = "judge" in config.oracle.path or ("judge" in names and config.eval.judge_model is None)
+    if needs_judge and config.judge.model is None:
         raise ConfigError("the oracle is a judge, and its model is not named", "add --judge-model NAME")
-    for key, url in (("remote.url", config.remote.url), ("judge.url", config.judge.url)):
-        if url is not None and not re.match(r"https?://[^/\s]+", url):
-            raise ConfigError(f"{key} = {url} is no web address", f"type {to_type(key, 'http://HOST:PORT')}")
-    weights, paths = config.oracle.weights, config.oracle.path
+    urls = ("remote.url", "judge.url", "eval.url", "eval.judge_url")
+    for key, url in ((key, getattr(getattr(config, key.split(".")[0]), key.split(".")[1])) for key in urls):
+        if url is not None:
+            check_address(key, url)
+    for key, weights, paths in (
+        ("oracle.weights", config.oracle.weights, config.oracle.path),
+        ("eval.weights", config.eval.weights, config.eval.oracle),
+    ):
+        _check_weights(key, weights, paths)
+
+
+def _check_weights(key: str, weights: tuple[float, ...], paths: tuple[str, ...]) -> None:
     if weights and len(weights) != len(paths):
         raise ConfigError(
-            f"oracle.weights has {_count(len(weights), 'number')}, and there are {_count(len(paths), 'oracle')}",
-            f"type {to_type('oracle.weights', ','.join('1' * len(paths)))}" if len(paths) > 1 else "leave it out",
+            f"{key} has {_count(len(weights), 'number')}, and there are {_count(len(paths), 'oracle')}",
+            f"type {to_type(key, ','.join('1' * len(paths)))}" if len(paths) > 1 else "leave it out",
         )
 
 

@@ -232,6 +232,12 @@ class EvalConfig(Section):
         None, description="oracle queries between evaluations, in place of eval.every"
     )
     oracle: Names = Field((), description="judges evaluations instead of --oracle; the same kinds of names")
+    weights: Numbers = Field((), description="of several oracles of evaluation; default: 1 each")
+    chat_template: bool | None = Field(None, description="of the oracle of evaluation; default: oracle.chat_template")
+    max_tokens: PositiveInt | None = Field(None, description="of the oracle of evaluation; default: oracle.max_tokens")
+    url: str | None = Field(None, description="server of --eval-oracle remote; default: remote.url")
+    judge_model: str | None = Field(None, description="judge of --eval-oracle judge; default: judge.model")
+    judge_url: str | None = Field(None, description="endpoint of that judge; default: judge.url")
     best_of_n: PositiveInt = Field(
         1, description="evaluate the best of so many samples, picked by --oracle, and not the greedy response"
     )

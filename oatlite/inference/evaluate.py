@@ -24,7 +24,7 @@ from oatlite.maths.intervals import wilson_interval
 from oatlite.model_checks import check_language_model
 from oatlite.oracle_checks import check_oracle_models, try_oracles
 from oatlite.oracles import PreferenceOracle, Verdicts
-from oatlite.oracles.base import wins
+from oatlite.oracles.base import wins, with_draws
 from oatlite.oracles.best_of import best_of
 from oatlite.output_file import json_lines, require_writable, write_complete
 
@@ -163,8 +163,7 @@ def _judge(oracle: PreferenceOracle, prompts: PromptSet, ours: _Side, opponents:
     """Two equal texts are a tie, whatever an oracle with a preference for a place says."""
     compare = in_blocks(oracle, len(prompts), "judge", report)
     verdicts = compare(prompts.raw_texts, ours.texts, opponents.texts, prompts.references)
-    equal = np.array([a == b for a, b in zip(ours.texts, opponents.texts, strict=True)])
-    return dataclasses.replace(verdicts, first_win=np.where(equal, np.float32(0.5), verdicts.first_win))
+    return with_draws(verdicts, ours.texts, opponents.texts)
 
 
 def _summary(

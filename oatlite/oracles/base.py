@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -117,7 +117,20 @@ def bradley_terry(first_scores: Floats, second_scores: Floats) -> Floats:
 
 
 def checked(verdicts: Verdicts, count: int) -> Verdicts:
-    """``verdicts`` unchanged, or OracleError naming what is wrong with the answer on ``count`` pairs."""
+    """``verdicts`` with arrays of the declared types, or OracleError naming what is wrong with the answer on ``count``
+    pairs."""
+    if not isinstance(verdicts, Verdicts):
+        raise OracleError(f"the oracle gave a {type(verdicts).__name__}, not Verdicts")
+    try:
+        verdicts = Verdicts(
+            first_win=np.asarray(verdicts.first_win, np.float32),
+            is_valid=np.asarray(verdicts.is_valid),
+            first_scores=None if verdicts.first_scores is None else np.asarray(verdicts.first_scores, np.float32),
+            second_scores=None if verdicts.second_scores is None else np.asarray(verdicts.second_scores, np.float32),
+            num_failures=verdicts.num_failures,
+        )
+    except (TypeError, ValueError):
+        raise OracleError("the oracle gave verdicts that are no numbers") from None
     for name in ("first_win", "is_valid", "first_scores", "second_scores"):
         value = getattr(verdicts, name)
         if value is not None and np.shape(value) != (count,):
@@ -139,7 +152,10 @@ def checked(verdicts: Verdicts, count: int) -> Verdicts:
 
 def checked_scores(scores: Floats, count: int) -> Floats:
     """``scores`` (count,) float32, NaN where there is none; OracleError for another shape or an infinite one."""
-    scores = np.asarray(scores, np.float32)
+    try:
+        scores = np.asarray(scores, np.float32)
+    except (TypeError, ValueError):
+        raise OracleError("the oracle gave scores that are no numbers") from None
     if scores.shape != (count,):
         raise OracleError(f"the oracle was asked for {count} scores and gave an array of shape {scores.shape}")
     if np.isinf(scores).any():
@@ -160,6 +176,12 @@ def draw_verdicts(
     draws = rng.random(len(first_win))
     bar = draws if feedback == "bernoulli" else 0.5
     return is_valid & (first_win > bar)
+
+
+def with_draws(verdicts: Verdicts, first: Sequence[str], second: Sequence[str]) -> Verdicts:
+    """``verdicts`` with exactly 0.5 where both texts are the same, whatever the oracle said."""
+    is_same = np.fromiter((one == other for one, other in zip(first, second, strict=True)), np.bool_, len(verdicts))
+    return replace(verdicts, first_win=np.where(is_same, np.float32(0.5), verdicts.first_win))
 
 
 def wins(verdicts: Verdicts) -> list[float]:

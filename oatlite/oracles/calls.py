@@ -96,15 +96,18 @@ class Caller:
         bodies: Sequence[bytes],
         read: Callable[[int, bytes], T],
         read_refusal: Callable[[int, str], T | None] = lambda status, beginning: None,
+        deadline: float | None = None,
     ) -> list[T]:
         """Post each body and give ``read(i, answer)`` of each, in order.
 
         ``read`` raises :class:`BadAnswer` for what it cannot use. Where the server refuses a request,
         ``read_refusal(status, beginning of the answer)`` may give something in place of an answer. Raises OracleError,
         with the url, when the deadline passes, when one body got MAX_BAD_ANSWERS bad answers, or when the server
-        refuses and that gives None.
+        refuses and that gives None. ``deadline`` is in monotonic seconds; default: ``deadline_s`` from now.
         """
-        return self._runner.run(self._ask_all(bodies, read, read_refusal))
+        if deadline is None:
+            deadline = time.monotonic() + self._deadline_s
+        return self._runner.run(self._ask_all(bodies, read, read_refusal, deadline))
 
     def close(self) -> None:
         if self._client is not None:
@@ -124,6 +127,7 @@ class Caller:
         bodies: Sequence[bytes],
         read: Callable[[int, bytes], T],
         read_refusal: Callable[[int, str], T | None],
+        deadline: float,
     ) -> list[T]:
         if self._client is None:
             limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
@@ -134,7 +138,6 @@ class Caller:
                 trust_env=not is_on_this_machine(self.url),  # no proxy leads back here
             )
         gate = asyncio.Semaphore(self._concurrency)
-        deadline = time.monotonic() + self._deadline_s
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [

@@ -4,9 +4,9 @@
     def score(prompt, response, reference): ...     the same, beside the dataset's answer
     def prefer(prompt, first, second): ...          the probability that the first response is better, or a boolean
 
-Any of these may leave out ``prompt`` or add ``reference``, and answer None where it cannot say: such a pair carries no
-weight. A class derived from :class:`PreferenceOracle` or :class:`RewardOracle`, made without arguments, does as well,
-and sees a batch at a time.
+Any of these may leave out ``prompt``, or add ``reference`` (with a default, it may be missing), and answers None where
+it cannot say: such a pair carries no weight. A class derived from :class:`PreferenceOracle` or :class:`RewardOracle`,
+made without arguments, does as well, and sees a batch at a time.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from oatlite.errors import ConfigError, OracleError
 from oatlite.loading import load_callable
-from oatlite.oracles.base import Floats, PreferenceOracle, RewardOracle, Verdicts
+from oatlite.oracles.base import Floats, PreferenceOracle, RewardOracle, Verdicts, checked, checked_scores
 from oatlite.sources import first_line
 
 log = logging.getLogger(__name__)
 
 FORMS = "write score(prompt, response), score(prompt, response, reference) or prefer(prompt, first, second)"
+LARGEST = float(np.finfo(np.float32).max)
 REWARD, PREFERENCE = {"prompt", "response", "reference"}, {"prompt", "first", "second", "reference"}
 
 
@@ -42,26 +43,28 @@ def load_function_oracle(name: str) -> PreferenceOracle:
             raise ConfigError(f"the oracle {name} is a class that is no PreferenceOracle", "derive it from one")
         try:
             oracle: PreferenceOracle = found()
-        except Exception as error:  # a user's code raises what it likes
+        except (Exception, SystemExit) as error:  # a user's code raises what it likes
             raise ConfigError(
                 f"the oracle {name} cannot be made: {type(error).__name__}: {first_line(error)}"
             ) from error
-        return oracle
+        return GuardedReward(name, oracle) if isinstance(oracle, RewardOracle) else GuardedPreference(name, oracle)
     parameters = _parameters(name, found)
-    if {"first", "second"} <= parameters <= PREFERENCE:
+    if {"first", "second"} <= parameters.keys() <= PREFERENCE:
         return FunctionPreference(name, found, parameters)
-    if {"response"} <= parameters <= REWARD:
+    if {"response"} <= parameters.keys() <= REWARD:
         return FunctionReward(name, found, parameters)
     raise ConfigError(f"the oracle {name} takes ({', '.join(sorted(parameters))})", FORMS)
 
 
-def _parameters(name: str, function: Callable[..., Any]) -> set[str]:
-    """Names of what it must be given, and of what it may be given that we have."""
+def _parameters(name: str, function: Callable[..., Any]) -> dict[str, bool]:
+    """What it can be given of what we have, and whatever else it must be given; and whether it must."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the oracle {name} has no signature: {first_line(error)}", FORMS) from error
-    names = set()
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError(f"the oracle {name} is a coroutine", "write it with def, not async def")
+    names = {}
     for parameter in signature.parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
@@ -69,34 +72,82 @@ def _parameters(name: str, function: Callable[..., Any]) -> set[str]:
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise ConfigError(f"the oracle {name} takes {parameter.name} by position alone", FORMS)
         if parameter.name in REWARD | PREFERENCE or not is_optional:
-            names.add(parameter.name)
+            names[parameter.name] = not is_optional
     return names
 
 
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Say of whatever a user's code raises that it was this oracle; the traceback goes into the log."""
+    try:
+        yield
+    except OracleError:
+        raise
+    except (Exception, SystemExit) as error:  # a user's code raises what it likes
+        log.exception("the oracle %s raised", name)
+        raise OracleError(f"the oracle {name} raised {type(error).__name__}: {first_line(error)}") from error
+
+
 class _Function:
-    def __init__(self, name: str, function: Callable[..., Any], parameters: set[str]) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], parameters: Mapping[str, bool]) -> None:
         self._name = name
         self._function = function
         self._parameters = parameters
 
     def _call(self, **values: str | None) -> float:
         """What it answers, NaN for None. Raises OracleError for an exception of its own, or what is no number."""
-        if "reference" in self._parameters and values["reference"] is None:
+        given = {name: values[name] for name in self._parameters if name != "reference" or values[name] is not None}
+        if self._parameters.get("reference") and "reference" not in given:
             raise OracleError(
                 f"the oracle {self._name} takes a reference, and the data has none", "type --reference-key COLUMN"
             )
-        try:
-            value = self._function(**{name: values[name] for name in self._parameters})
-        except Exception as error:  # a user's code raises what it likes
-            log.exception("the oracle %s raised", self._name)
-            raise OracleError(f"the oracle {self._name} raised {type(error).__name__}: {first_line(error)}") from error
+        with _told(self._name):
+            value = _number(self._function(**given))
         if value is None:
             return math.nan
-        if hasattr(value, "item"):  # a number of numpy or torch
-            value = value.item()
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        if not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
             raise OracleError(f"the oracle {self._name} returned {str(value)[:80]!r}, which is no finite number")
         return float(value)
+
+
+def _number(value: Any) -> Any:
+    """A number of numpy or torch as one of Python; anything else as it is."""
+    num_items = value.numel() if hasattr(value, "numel") else getattr(value, "size", None)
+    return value.item() if num_items == 1 else value
+
+
+class GuardedReward(RewardOracle):
+    """A user's own class of rewards, whose exceptions are told with its name."""
+
+    def __init__(self, name: str, oracle: RewardOracle) -> None:
+        self._name = name
+        self._oracle = oracle
+
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str] | None = None
+    ) -> Floats:
+        """See :meth:`RewardOracle.score`."""
+        with _told(self._name):
+            return checked_scores(self._oracle.score(prompts, responses, references), len(prompts))
+
+
+class GuardedPreference(PreferenceOracle):
+    """A user's own class of preferences, whose exceptions are told with its name."""
+
+    def __init__(self, name: str, oracle: PreferenceOracle) -> None:
+        self._name = name
+        self._oracle = oracle
+
+    def compare(
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        references: Sequence[str] | None = None,
+    ) -> Verdicts:
+        """See :meth:`PreferenceOracle.compare`."""
+        with _told(self._name):
+            return checked(self._oracle.compare(prompts, first, second, references), len(prompts))
 
 
 class FunctionReward(_Function, RewardOracle):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ class JudgeOracle(PreferenceOracle):
             raise ConfigError("the oracle is a judge, and its model is not named", "add --judge-model NAME")
         self._options = options
         self._seed = seed
+        self._deadline_s = deadline_s
         self._template = load_template(options.template)
         self._parameters: dict[str, Any] = {
             "max_tokens": options.max_tokens,
@@ -114,11 +116,13 @@ class JudgeOracle(PreferenceOracle):
 
     def _ask(self, questions: Iterable[str]) -> dict[str, Reading | TooLong]:
         """The first is asked alone, until it shows which parameters the endpoint takes."""
-        left = list(questions)
+        left, deadline = list(questions), time.monotonic() + self._deadline_s
         answers: dict[str, Reading | TooLong] = {}
         while left:
             batch = left if self._is_understood else left[:1]
-            found = self._caller.ask_all([self._body(question) for question in batch], self._read, read_refusal)
+            found = self._caller.ask_all(
+                [self._body(question) for question in batch], self._read, read_refusal, deadline
+            )
             for refusal in {answer.parameter: answer for answer in found if isinstance(answer, Unsupported)}.values():
                 self._do_without(refusal)
             for question, answer in zip(batch, found, strict=True):

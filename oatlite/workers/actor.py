@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from oatlite.config.oracle_names import for_evaluation
 from oatlite.config.schema import Config
 from oatlite.engine import WARM_UP_TOKENS, Engine, EngineOptions
 from oatlite.errors import WorkerDied
@@ -69,10 +70,9 @@ def build_oracles(config: Config, *, device: str) -> dict[str, PreferenceOracle]
     """The oracle of training, and that of evaluation, which is the same one where nothing else is asked for."""
     names = config.oracle.path
     training = build_oracle(names, config, device=device)
-    if config.eval.oracle in ((), names):
+    if not config.eval.oracle:
         return {"train": training, "eval": training}
-    alone = config.model_copy(update={"oracle": config.oracle.model_copy(update={"weights": ()})})
-    return {"train": training, "eval": build_oracle(config.eval.oracle, alone, device=device)}
+    return {"train": training, "eval": build_oracle(config.eval.oracle, for_evaluation(config), device=device)}
 
 
 def _engine_options(spec: WorkerSpec) -> EngineOptions:

@@ -61,6 +61,17 @@ class Explores(Protocol):
     def learn(self, comparisons: Float32, num_asked: int, num_before: int) -> dict[str, float]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Metrics that add up over ranks, and a row per prompt of this rank; requests to the oracle that failed and were
+    made again, and seconds that it took, where there is one."""
+
+    means: dict[str, Mean]
+    rows: list[dict[str, Any]]
+    num_failures: int = 0
+    score_s: float | None = None
+
+
 class Favours(Protocol):
     def best(self, sets: Sequence[CandidateSet]) -> list[int]:
         """The best candidate of each prompt."""
@@ -72,9 +83,7 @@ class Judges(Protocol):
 
     @property
     def num_prompts(self) -> int: ...
-    def judge(self) -> tuple[dict[str, Mean], list[dict[str, Any]]]:
-        """Metrics that add up over ranks, and a row per prompt of this rank."""
-        ...
+    def judge(self) -> Judged: ...
 
 
 class Ranks(Protocol):

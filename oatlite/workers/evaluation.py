@@ -11,9 +11,9 @@ from oatlite.algorithms.base import Candidate, CandidateSet
 from oatlite.config.schema import Config
 from oatlite.data import PromptSet
 from oatlite.metrics.records import Mean
-from oatlite.oracles.base import Verdicts, wins
+from oatlite.oracles.base import Verdicts, wins, with_draws
 from oatlite.oracles.best_of import best_of
-from oatlite.workers.contracts import Actors, Favours, Share
+from oatlite.workers.contracts import Actors, Favours, Judged, Share
 from oatlite.workers.experience import EVAL_SEEDS, sample_seeds, sampling_options
 from oatlite.workers.gold import GoldScore
 
@@ -41,11 +41,12 @@ class Judge:
     def num_prompts(self) -> int:
         return len(self._held_out)
 
-    def judge(self) -> tuple[dict[str, Mean], list[dict[str, Any]]]:
+    def judge(self) -> Judged:
         """Metrics that add up over ranks, and a row per prompt with the response and the verdict.
 
         ``win_rate`` counts a probability over 0.5 as a win and exactly 0.5 as half a win; ``win_probability`` is the
-        mean of the probabilities. Prompts without a valid verdict count in neither.
+        mean of the probabilities. Prompts without a valid verdict count in neither; ``judged`` is the share of
+        the others. A response that equals its reference is a draw.
         """
         held_out = self._held_out
         assert held_out.references is not None
@@ -54,7 +55,8 @@ class Judge:
         references = [held_out.references[i] for i in mine]
         answers = self._answer(mine, prompts, references)
         responses = [answer.text for answer in answers]
-        verdicts, _ = self._actors.compare(prompts, responses, references, references, purpose="eval")
+        verdicts, score_s = self._actors.compare(prompts, responses, references, references, purpose="eval")
+        verdicts = with_draws(verdicts, responses, references)
         means = _oracle_means(verdicts)
         means["response_tokens"], means["truncated"] = Mean(), Mean()
         for answer in answers:
@@ -70,7 +72,7 @@ class Judge:
                 for row, prompt, text in zip(rows, prompts, texts, strict=True):
                     row[name] = self._gold(prompt, text)
                     means[name].add(row[name])
-        return means, rows
+        return Judged(means, rows, num_failures=verdicts.num_failures, score_s=score_s)
 
     def _answer(self, mine: Sequence[int], prompts: Sequence[str], references: Sequence[str]) -> list[Candidate]:
         """The greedy response to each prompt, or the sample that the epistemic head likes best, and without a head the
@@ -100,6 +102,8 @@ class Judge:
 
 def _oracle_means(verdicts: Verdicts) -> dict[str, Mean]:
     means = {name: Mean() for name in ("win_rate", "win_probability", "reward", "reference_reward")}
+    means["judged"] = Mean()
+    means["judged"].extend(verdicts.is_valid.astype(float).tolist())
     means["win_probability"].extend(verdicts.first_win[verdicts.is_valid].tolist())
     means["win_rate"].extend(wins(verdicts))
     for name, scores in (("reward", verdicts.first_scores), ("reference_reward", verdicts.second_scores)):

@@ -106,14 +106,22 @@ class Learner:
             return
         clock = _Clock()
         with self._shows.doing("evaluate", f"step {step}"), self._newest_at_actors(step):
-            means, rows = self._judge.judge()
-        means, all_rows = self._add_up(means), self._gather(rows)
+            judged = self._judge.judge()
+        means, all_rows = self._add_up(judged.means), self._gather(judged.rows)
+        (failures,) = self._ranks.add_up([judged.num_failures])
         clock.lap("eval_s")
+        perf = clock.laps | {"score_s": judged.score_s} | ({"oracle_failures": int(failures)} if failures else {})
         if self._journal is not None:
             self._journal.evaluation(step, all_rows)
+            share = means["judged"].value if "judged" in means else None
+            if share is not None and share < 1:
+                self._journal.note(
+                    f"evaluation at step {step}: the oracle gave no verdict on {1 - share:.0%} of the held-out "
+                    "prompts, which count nowhere"
+                )
             queries = self._progress.num_queries if self._actors is not None else None
             self._journal.record(
-                "eval", step=step, queries=queries, prompts=self._judge.num_prompts, perf=clock.laps, **means
+                "eval", step=step, queries=queries, prompts=self._judge.num_prompts, perf=perf, **means
             )
 
     @contextmanager

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from oatlite.config.schema import Config
 from oatlite.metrics.records import Mean
 from oatlite.models import TokenPair
 from oatlite.preferences import PreferenceSet
 from oatlite.workers.buffer import Entry, TrainingPair
-from oatlite.workers.contracts import Share
+from oatlite.workers.contracts import Judged, Share
 from oatlite.workers.experience import Rollouts, rows_of_step
 from oatlite.workers.update import UpdateStats
 
@@ -68,7 +68,7 @@ class HeldOutPairs:
     def num_prompts(self) -> int:
         return len(self._held_out)
 
-    def judge(self) -> tuple[dict[str, Mean], list[dict[str, Any]]]:
+    def judge(self) -> Judged:
         """Metrics that add up over ranks, and a row per pair with the implicit rewards of both answers.
 
         ``accuracy`` is the share of pairs whose better answer has the higher implicit reward.
@@ -84,4 +84,4 @@ class HeldOutPairs:
             }
             for i, (chosen, rejected) in zip(self._mine, rewards, strict=True)
         ]
-        return {name: getattr(stats, name) for name in ("loss", "margin", "accuracy", "kl")}, rows
+        return Judged({name: getattr(stats, name) for name in ("loss", "margin", "accuracy", "kl")}, rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import socket
@@ -13,13 +12,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import runs
 import torch
-from conftest import SIZES
-from fake_judge_server import error, serving
+from fake_judge_server import error, serving, verdict
 from runs import Inputs, leftovers, train
 from small_folders import byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,6 +29,8 @@ from oatlite.oracles.judge_prompts import fill, load_template
 
 pytestmark = pytest.mark.slow
 
+# Big enough for vLLM's attention kernels, small enough to start at once.
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
 START_S = 120.0
 CONTEXT = 2048
 CANARY = "sk-canary-8c1e07b4"
@@ -158,9 +159,16 @@ def test_a_verdict_is_what_transformers_computes(server: Server, caplog: pytest.
     judge.close()
 
 
-def test_the_full_loop_trains_against_a_judge(server: Server, llama: Inputs, tmp_path: Path) -> None:
+def files_with(words: str, folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and words.encode() in path.read_bytes()]
+
+
+def test_the_full_loop_trains_against_a_judge(
+    server: Server, llama: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(runs.ENVIRONMENT, "OPENAI_API_KEY", CANARY)
     judged = replace(llama, reward_model=Path("judge"))
-    settings = ("--judge-model", "tiny-judge", "--judge-url", server.url, "--max-queries", "32")
+    settings = ("--judge-model", "tiny-judge", "--judge-url", server.url, "--max-queries", "32", "--wandb")
     run = train(judged, tmp_path / "judged", *settings)
     assert run.exit_code == 0, run.output
     steps = run.records("step")
@@ -171,18 +179,28 @@ def test_the_full_loop_trains_against_a_judge(server: Server, llama: Inputs, tmp
     assert len(wins) == 32 and all(0 <= win <= 1 for win in wins) and len(set(wins)) > 16
     assert not leftovers(run.folder)
     assert server.process.poll() is None
+    assert CANARY not in run.output and files_with(CANARY, tmp_path) == []
+    assert files_with("tiny-judge", run.folder / "wandb"), "that is where the configuration goes"
 
 
-def test_a_refused_key_ends_the_run_at_once(
-    llama: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_key_that_is_refused_ends_the_run_at_once_in_its_middle_too(
+    llama: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.DEBUG)
     monkeypatch.setitem(runs.ENVIRONMENT, "OPENAI_API_KEY", CANARY)
     judged = replace(llama, reward_model=Path("judge"))
-    with serving(lambda body: error(401, f"Incorrect API key provided: {CANARY}")) as fake:
-        run = train(judged, tmp_path / "refused", "--judge-model", "tiny-judge", "--judge-url", fake.url)
-    assert run.exit_code == 6
-    assert f"the judge tiny-judge at {fake.url}/chat/completions refuses us with 401" in run.output
-    assert [headers["authorization"] for headers in fake.headers] == [f"Bearer {CANARY}"]
-    written = [path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
-    assert not any(CANARY in text for text in (run.output, *written))
+    num_answered = 2  # the one pair that is tried before the run, in both orders
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        is_spent = len(fake.asked) > num_answered
+        return error(401, f"Incorrect API key provided: {CANARY}") if is_spent else verdict(0.75)
+
+    with serving(answer) as fake:
+        options = ("--judge-model", "tiny-judge", "--judge-url", fake.url, "--eval-prompts", "0")
+        run = train(judged, tmp_path / "refused", *options)
+    assert run.exit_code == 6, run.output
+    last = run.output.strip().splitlines()[-1]
+    assert f"actor 0: the judge tiny-judge at {fake.url}/chat/completions refuses us with 401" in last
+    assert {headers["authorization"] for headers in fake.headers} == {f"Bearer {CANARY}"}
+    assert len(fake.asked) < num_answered + 10, "what was under way, and nothing was asked again"
+    assert CANARY not in run.output and files_with(CANARY, tmp_path) == []
+    assert run.records("step") == []

@@ -11,6 +11,7 @@ import pytest
 
 from oatlite.config.dump import toml_value
 from oatlite.config.load import dump_toml, load_config, num_steps, preset_names, resolve
+from oatlite.config.oracle_names import for_evaluation
 from oatlite.config.placement import places, starts_after
 from oatlite.config.resolve import actors_of_rank, gradient_steps
 from oatlite.config.schema import Config
@@ -296,6 +297,10 @@ def test_files_and_presets_that_are_not_there() -> None:
         ({"oracle.path": ["http://h:8000"]}, ["type --oracle remote --oracle-url http://h:8000"]),
         ({"oracle.path": ["gone.py:score"]}, ["there is no file gone.py"]),
         ({"oracle.path": ["module:not-a-name"]}, ["must look like file.py:name"]),
+        ({"oracle.path": ["judge"], "judge.model": "m", "judge.url": "http://h:99999/v1"}, ["no web address", "Port"]),
+        ({"oracle.path": ["remote"], "remote.url": "http://a b:80"}, ["no web address"]),
+        ({"oracle.path": ["remote"], "remote.url": "http://me:secret@h"}, ["holds a password", "environment"]),
+        ({"oracle.path": ["remote"], "remote.url": "http://h/?key=1"}, ["holds a query", "environment"]),
         ({"explore.num_candidates": 4}, ["--num-candidates is for exploration", "add --explore sea-bai"]),
         ({"explore.rule": "best"}, ["'sea-bai'", "'apl'"]),
         ({"oracle.weights": "1,2"}, ["2 numbers", "1 oracle", "leave it out"]),
@@ -307,6 +312,23 @@ def test_files_and_presets_that_are_not_there() -> None:
 def test_an_oracle_that_cannot_be_is_one_line(flags: dict[str, object], words: list[str]) -> None:
     message = refused(preset="demo", flags=flags)
     assert all(word in message for word in words), message
+
+
+def test_the_oracle_of_evaluation_has_options_of_its_own_and_else_those_of_training() -> None:
+    flags = {
+        "oracle.path": ["remote"], "oracle.chat_template": True, "oracle.max_tokens": 99, "remote.url": "http://h:1",
+        "eval.oracle": ["a", "b"], "eval.weights": "1,2", "eval.chat_template": False, "judge.model": "j",
+    }  # fmt: skip
+    config = resolved(preset="demo", flags=flags)
+    seen = for_evaluation(config)
+    assert (seen.oracle.path, seen.oracle.weights, seen.oracle.chat_template) == (("a", "b"), (1.0, 2.0), False)
+    assert (seen.oracle.max_tokens, seen.remote.url, seen.judge.model) == (99, "http://h:1", "j")
+    assert config.oracle.chat_template is True and config.oracle.path == ("remote",)
+    elsewhere = {"eval.oracle": ["remote"], "eval.url": "http://h:2", "remote.url": "http://h:1"}
+    assert for_evaluation(resolved(preset="demo", flags=elsewhere)).remote.url == "http://h:2"
+    alone = {"eval.oracle": ["judge"], "eval.judge_model": "other"}
+    assert for_evaluation(resolved(preset="demo", flags=alone)).judge.model == "other"
+    assert "2 oracles" in refused(preset="demo", flags={"eval.oracle": ["a", "b"], "eval.weights": "1"})
 
 
 def test_one_oracle_or_several_read_back_from_the_written_configuration(tmp_path: Path) -> None:

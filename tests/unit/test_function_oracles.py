@@ -16,7 +16,7 @@ from oatlite.oracles.checkers import choice, number
 
 SOURCE = """
 import math
-from oatlite.oracles import RewardOracle
+from oatlite.oracles import PreferenceOracle, RewardOracle, Verdicts
 
 def length(prompt, response): return len(response)
 def right(response, reference): return float(response == reference)
@@ -42,6 +42,29 @@ class Batched(RewardOracle):
 class Needy(Batched):
     def __init__(self, url): ...
 class Unrelated: ...
+class Doubles(PreferenceOracle):
+    def compare(self, prompts, first, second, references=None):
+        import numpy as np
+        return Verdicts(first_win=np.array([0.75] * len(prompts)), is_valid=[True] * len(prompts))
+class Lists(PreferenceOracle):
+    def compare(self, prompts, first, second, references=None): return [1.0] * len(prompts)
+class Raises(PreferenceOracle):
+    def compare(self, prompts, first, second, references=None): raise KeyError("key")
+class Texts(RewardOracle):
+    def score(self, prompts, responses, references=None): return "good"
+def several(prompt, response):
+    import numpy as np
+    return np.array([1.0, 2.0])
+def huge(prompt, response): return 10**400
+def overflow(prompt, response): return 1e300
+def leaves(prompt, response):
+    import sys
+    sys.exit(0)
+def numpy_number(prompt, response):
+    import numpy as np
+    return np.float32(len(response))
+def may_refer(prompt, response, reference=None): return 1.0 if reference is None else 0.0
+async def later(prompt, response): return 1.0
 """
 
 
@@ -70,6 +93,15 @@ def test_the_parameters_say_what_a_function_is(mine: str) -> None:
     np.testing.assert_allclose(share.first_win, [0.75, 1 / 3], rtol=1e-6)
 
 
+def test_numbers_of_numpy_count_and_a_reference_with_a_default_may_be_missing(mine: str) -> None:
+    assert build(mine, "numpy_number").compare(["p"], ["aaa"], ["b"]).first_scores.tolist() == [3]
+    oracle = build(mine, "may_refer")
+    assert oracle.compare(["p"], ["a"], ["b"]).first_scores.tolist() == [1]
+    assert oracle.compare(["p"], ["a"], ["b"], ["r"]).first_scores.tolist() == [0]
+    verdicts = checked(build(mine, "Doubles").compare(["p"], ["a"], ["b"]), 1)
+    assert verdicts.first_win.dtype == np.float32 and verdicts.is_valid.dtype == np.bool_
+
+
 def test_none_is_no_verdict(mine: str) -> None:
     verdicts = build(mine, "silent").compare(["p", "p"], ["", "a"], ["a", "b"])
     assert verdicts.is_valid.tolist() == [False, True]
@@ -85,6 +117,13 @@ def test_none_is_no_verdict(mine: str) -> None:
         ("nan", "returned 'nan'"),
         ("above", r"outside \[0, 1\]"),
         ("broken", "raised KeyError: 'key'"),
+        ("several", r"returned '\[1\. 2\.\]', which is no finite number"),
+        ("huge", "which is no finite number"),
+        ("overflow", "which is no finite number"),
+        ("leaves", "raised SystemExit"),
+        ("Lists", "gave a list, not Verdicts"),
+        ("Raises", "Raises raised KeyError"),
+        ("Texts", "scores that are no numbers"),
     ],
 )
 def test_an_answer_that_cannot_be_used_ends_training_and_is_refused_at_the_start(
@@ -105,6 +144,7 @@ def test_an_answer_that_cannot_be_used_ends_training_and_is_refused_at_the_start
         ("both", "score\\(prompt, response\\)"),
         ("positional", "prompt by position alone"),
         ("Needy", "cannot be made: TypeError"),
+        ("later", "not async def"),
         ("Unrelated", "no PreferenceOracle"),
         ("missing", "has no missing"),
         ("SOURCE", "has no SOURCE"),

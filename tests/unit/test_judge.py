@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,6 +299,19 @@ def test_a_rate_limit_is_waited_for_as_told() -> None:
     assert judge.num_failures == 1
     assert fake.times[1] - fake.times[0] >= 1.2
     assert len(fake.asked) == 7
+
+
+def test_all_questions_of_a_batch_share_one_deadline() -> None:
+    def slow(body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        time.sleep(0.7)
+        return verdict(0.75)
+
+    with serving(slow) as fake:
+        judge = judge_at(fake, deadline_s=1.0)
+        started = time.monotonic()
+        with pytest.raises(OracleError, match="within"):
+            judge.compare(["p"], ["a"], ["b"])
+        assert time.monotonic() - started < 1.3, "the first question and the rest have one second together"
 
 
 def test_an_account_without_money_is_not_waited_for() -> None:

@@ -287,6 +287,30 @@ def test_the_best_of_several_samples_is_judged_on_request() -> None:
     assert _without_perf(one) == _without_perf(plain), "one is the greedy response, whatever the temperature"
 
 
+class ThirdOnly(PreferenceOracle):
+    """Judges each third pair alone, and prefers what stands first, whatever it is."""
+
+    def compare(self, prompts, first, second, references=None):  # type: ignore[no-untyped-def]
+        is_valid = np.arange(len(prompts)) % 3 == 0
+        return Verdicts(first_win=np.ones(len(prompts), np.float32), is_valid=is_valid)
+
+
+def test_an_evaluation_says_how_many_it_could_judge_and_equal_texts_are_a_draw() -> None:
+    run = rehearse(algorithm(), share_of_e, steps=2, eval_oracle=ThirdOnly())
+    records = run.journal.of("eval")
+    assert [record["judged"] for record in records] == [pytest.approx(9 / 26)] * 3
+    assert all(record["win_rate"] == 1 for record in records)
+    assert len(run.journal.notes) == 3 and "no verdict on 65% of the held-out prompts" in run.journal.notes[0]
+    quiet = rehearse(algorithm(), share_of_e, steps=2)
+    assert quiet.journal.notes == [] and quiet.journal.of("eval")[0]["judged"] == 1
+
+    answers = {row["prompt"]: row["response"] for row in quiet.journal.evaluations[0]}
+    drawn = rehearse(algorithm(), share_of_e, steps=1, eval_oracle=ThirdOnly(), reference=answers["a"])
+    rows = [row for row in drawn.journal.evaluations[0] if row["is_valid"]]
+    assert {row["win_probability"] for row in rows if row["response"] == row["reference"]} == {0.5}
+    assert {row["win_probability"] for row in rows if row["response"] != row["reference"]} == {1.0}
+
+
 def test_training_responses_are_judged_against_the_references_on_request() -> None:
     plain = rehearse(algorithm(), share_of_e, steps=10)
     judged = rehearse(

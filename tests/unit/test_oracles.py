@@ -80,7 +80,7 @@ def test_answers_are_checked(verdicts, words):
 
 def test_a_verdict_that_is_not_valid_may_hold_anything():
     verdicts = verdicts_of([np.nan, 0.5], [False, True], first_scores=[np.nan, 1.0])
-    assert checked(verdicts, 2) is verdicts
+    assert checked(verdicts, 2).is_valid.tolist() == [False, True]
 
 
 def test_threshold_takes_the_likelier_side():
