@@ -66,6 +66,9 @@ def train(
     lora_rank: Annotated[int | None, setting("lora.rank", ALGORITHM)] = None,
     sync_every: Annotated[int | None, setting("rollout.sync_every", ALGORITHM)] = None,
     offline: Annotated[bool | None, setting("rollout.offline", ALGORITHM)] = None,
+    sampler: Annotated[
+        str | None, setting("rollout.sampler", SAMPLING, metavar="policy|reference|hybrid|mixture")
+    ] = None,
     max_new_tokens: Annotated[int | None, setting("sampling.max_new_tokens", SAMPLING)] = None,
     temperature: Annotated[float | None, setting("sampling.temperature", SAMPLING)] = None,
     prompts_per_step: Annotated[int | None, setting("rollout.prompts_per_step", BATCHES)] = None,

@@ -133,8 +133,10 @@ def _offline_plan(
 
 def _check_algorithm(config: Config) -> None:
     from oatlite.algorithms import build_algorithm
+    from oatlite.samplers import sampling_plan
 
     algorithm = build_algorithm(config.algorithm)
+    sampling_plan(algorithm, config.rollout.sampler)
     if config.rollout.offline and algorithm.needs.margins and config.data.margin_key is None:
         raise ConfigError(
             f"--algo {config.algorithm.name} learns from reward margins, which without an oracle the data must bring",

@@ -18,6 +18,7 @@ from oatlite.messages import UInt64
 from oatlite.metrics.records import Mean
 from oatlite.models import TokenPair
 from oatlite.oracles.base import Verdicts, draw_verdicts, flipped, reward_margins, trainable_pairs, wins
+from oatlite.samplers import sampling_plan
 from oatlite.workers.buffer import TrainingPair
 from oatlite.workers.contracts import Actors, Share, Shows
 from oatlite.workers.gold import GoldScore
@@ -78,7 +79,7 @@ class Experience:
         if self._config.data.max_queries is not None:
             of_step = of_step[: self._config.data.max_queries - num_queries]
         indices: list[int] = self._share.of(of_step)
-        samplers = list(self._algorithm.sampling_plan())
+        samplers = list(sampling_plan(self._algorithm, self._config.rollout.sampler))
         seeds = sample_seeds(
             self._config.run.seed, TRAIN_SEEDS, epoch, self._prompts.rows[indices].tolist(), len(samplers)
         )
@@ -183,6 +184,7 @@ class Experience:
                     sampler_logprobs=np.concatenate([chosen.logprobs, rejected.logprobs]),
                     is_trainable=bool(trainable[b]),
                     margin=float(margins[b] if first_wins[b] else -margins[b]),
+                    samplers=(chosen.sampler, rejected.sampler),
                 )
             )
             win = float(verdicts.first_win[b])
