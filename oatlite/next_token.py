@@ -95,13 +95,16 @@ class NextTokens:
     def _join(self, new: list[Running]) -> torch.Tensor:
         from transformers import DynamicCache
 
-        texts = [[*row.prompt, *row.response] for row in new]
+        texts = [(*row.prompt, *row.response) for row in new]
+        first = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # candidates of a prompt begin alike
         longest = max(map(len, texts))
-        ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts], device=self._device)
-        is_token = torch.tensor([[i >= longest - len(t) for i in range(longest)] for t in texts], device=self._device)
+        ids = torch.tensor([(0,) * (longest - len(text)) + text for text in first], device=self._device)
+        is_token = torch.tensor([[i >= longest - len(t) for i in range(longest)] for t in first], device=self._device)
         cache = DynamicCache()
         logits = self._forward(ids, is_token, cache)
-        keys, values = _contents(cache)
+        places = [first[text] for text in texts]
+        logits, is_token = logits[places], is_token[places]
+        keys, values = ([part[places] for part in parts] for parts in _contents(cache))
         if self._rows:
             keys = [_stacked(old, fresh, dim=2) for old, fresh in zip(self._keys, keys, strict=True)]
             values = [_stacked(old, fresh, dim=2) for old, fresh in zip(self._values, values, strict=True)]

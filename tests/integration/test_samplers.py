@@ -114,7 +114,7 @@ def deviation(counts: dict[Context, Counter[int]], expected: dict[Context, np.nd
             continue
         statistic += sum((one - other) ** 2 / other for one, other in cells)
         freedom += len(cells) - 1
-    assert freedom > 100
+    assert freedom > 80
     return (statistic - freedom) / math.sqrt(2 * freedom)
 
 
