@@ -18,7 +18,7 @@ from runs import Inputs
 from small_folders import save_model
 
 from oatlite.lora import all_parameters
-from oatlite.models import load_policy
+from oatlite.models import load_policy, save_policy
 from oatlite.samplers import SAMPLERS, coefficients
 from oatlite.weights import plan_layout
 from oatlite.workers.rollout import ActorPool, SamplingOptions
@@ -38,11 +38,17 @@ RANDOM = SamplingOptions(temperature=TEMPERATURE, top_p=1.0, top_k=0, max_new_to
 
 
 class Two:
-    """A policy that was moved away from its reference, and what both say about the next token."""
+    """A policy and a reference that is not far from it, and what both say about the next token."""
 
-    def __init__(self, folder: str) -> None:
-        self.reference, self.policy = (load_policy(folder, torch.float32).eval() for _ in range(2))
+    def __init__(self, folder: Path) -> None:
+        self.path, self.reference_path = folder / "policy", folder / "reference"
+        save_model(self.path, seed=5, vocab_size=VOCAB, **SIZES)
+        self.policy = load_policy(str(self.path), torch.float32).eval()
         self.move(0.08, seed=3)
+        save_policy(self.policy, self.policy.state_dict(), str(self.path), self.reference_path)
+        self.policy, self.reference = (
+            load_policy(str(path), torch.float32).eval() for path in (self.path, self.reference_path)
+        )
 
     def move(self, size: float, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -68,8 +74,7 @@ class Two:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
-    folder = save_model(tmp_path_factory.mktemp("two") / "policy", seed=5, vocab_size=VOCAB, **SIZES)
-    return Two(folder)
+    return Two(tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +83,43 @@ def pool(two: Two, llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> I
     published = all_parameters(two.policy)
     layout = plan_layout([(name, one.shape) for name, one in published.items()], torch.float32, 60_000)
     longest = max(PROMPT_LENGTHS) + GREEDY.max_new_tokens
-    more = {"algorithm": {"name": EVERYTHING}, "sampling": {"mixture_weight": WEIGHT}}
-    path = Path(two.policy.config._name_or_path)
-    with one_actor(path, llama.reward_model, layout, VOCAB, folder, max_model_len=longest, more=more) as pool:
-        pool.sync(1, two.source)
+    more = {
+        "algorithm": {"name": EVERYTHING},
+        "sampling": {"mixture_weight": WEIGHT},
+        "model": {"reference": str(two.reference_path)},
+    }
+    with one_actor(two.path, llama.reward_model, layout, VOCAB, folder, max_model_len=longest, more=more) as pool:
         yield pool
 
 
 def prompts() -> list[np.ndarray]:
     rng = np.random.default_rng(1)
     return [rng.integers(3, VOCAB, length).astype(np.int32) for length in PROMPT_LENGTHS]
+
+
+def test_a_sync_moves_the_policy_and_not_the_reference_and_a_swap_changes_nothing(pool: ActorPool, two: Two) -> None:
+    texts = prompts()
+    seeds = np.zeros((len(texts), 1), np.uint64)
+
+    def tokens(sampler: str) -> list[list[int]]:
+        found, _ = pool.generate(texts, seeds, [sampler], GREEDY)
+        return [candidates[0].tokens.tolist() for candidates in found]
+
+    assert pool.policy_version == 0, "no sync has been"
+    policy, reference = tokens("policy"), tokens("reference")
+    assert tokens("policy") == policy != reference
+    assert tokens("reference") == reference
+    for name, found in (("policy", policy), ("reference", reference)):
+        for text, row in zip(texts, found, strict=True):
+            assert row[0] == int(two.logprobs([text.tolist()])[name][0].argmax())
+    two.move(0.05, seed=10)
+    pool.sync(1, two.source)
+    assert tokens("reference") == reference
+    moved = tokens("policy")
+    assert moved != policy
+    assert tokens("policy") == moved
+    for text, row in zip(texts, moved, strict=True):
+        assert row[0] == int(two.logprobs([text.tolist()])["policy"][0].argmax())
 
 
 Context = tuple[int, tuple[int, ...]]
@@ -154,28 +186,6 @@ def test_tokens_are_counted_as_often_as_their_distributions_say(pool: ActorPool,
             assert far < 4 if other == name else far > 20, (name, other)
         for (context, token), value in reported[name].items():
             assert value == pytest.approx(float(logprobs[name][context][token]), abs=2e-3)
-
-
-def test_a_sync_moves_the_policy_and_not_the_reference_and_a_swap_changes_nothing(pool: ActorPool, two: Two) -> None:
-    texts = prompts()
-    seeds = np.zeros((len(texts), 1), np.uint64)
-
-    def tokens(sampler: str) -> list[list[int]]:
-        found, _ = pool.generate(texts, seeds, [sampler], GREEDY)
-        return [candidates[0].tokens.tolist() for candidates in found]
-
-    policy, reference = tokens("policy"), tokens("reference")
-    assert tokens("policy") == policy != reference
-    assert tokens("reference") == reference
-    for name, found in (("policy", policy), ("reference", reference)):
-        for text, row in zip(texts, found, strict=True):
-            assert row[0] == int(two.logprobs([text.tolist()])[name][0].argmax())
-    two.move(0.1, seed=4)
-    pool.sync(2, two.source)
-    assert tokens("reference") == reference
-    moved = tokens("policy")
-    assert moved != policy
-    assert tokens("policy") == moved
 
 
 def test_a_sample_does_not_depend_on_what_else_is_in_its_request(pool: ActorPool) -> None:
