@@ -7,9 +7,9 @@ layers are new, and only a fresh process helps.
 Responses of the **reference** come from the same engine and the same cache of keys and values. With an adapter they are
 requests without it, in one batch with the policy's. Else the reference's weights are loaded in the place of the
 policy's by the same reload as a weight sync, all its responses are sampled, and the policy's are loaded back from a
-copy in host memory. That costs two reloads a request (0.2 s each for 372 MiB on a CPU) and two models in host memory,
-and nothing on the device, where a second engine would want as much memory again and a second cache; and generating,
-which takes far longer, runs at vLLM's full speed.
+copy in host memory. That costs two reloads a request (0.7 s each for 326 MiB on two busy cores) and two models in
+host memory, and nothing on the device, where a second engine would want as much memory again and a second cache. It
+generates at vLLM's speed, but in two batches one after the other.
 
 Responses of a **mixture** need both models at each token. The reference then stands beside the engine as a Hugging
 Face model with a cache of its own (:mod:`oatlite.next_token`), and what it says is mixed in before vLLM's sampler sees

@@ -7,7 +7,7 @@ the logits of ``mixture-plus`` are ``(1 + w) log pi - w log pi_ref``, and those 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from oatlite.config.flags import to_type
@@ -36,10 +36,6 @@ def coefficients(sampler: str, mixture_weight: float) -> tuple[float, float]:
         "mixture-plus": (1.0 + mixture_weight, -mixture_weight),
         "mixture-minus": (1.0 - mixture_weight, mixture_weight),
     }[sampler]
-
-
-def needs_reference(samplers: Iterable[str]) -> bool:
-    return any(sampler != "policy" for sampler in samplers)
 
 
 def sampling_plan(algorithm: Algorithm, name: str) -> Sequence[str]:

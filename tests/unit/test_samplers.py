@@ -20,12 +20,11 @@ from oatlite.errors import ConfigError
 from oatlite.lora import AdapterOptions
 from oatlite.maths.samplers import mixed_logprobs
 from oatlite.models import TokenPair
-from oatlite.samplers import PLANS, SAMPLERS, coefficients, needs_reference, sampling_plan
+from oatlite.samplers import PLANS, SAMPLERS, coefficients, sampling_plan
 from oatlite.testing import LETTERS, BigramPolicy, FunctionOracle, InMemoryActors, Rehearsal, rehearse
 from oatlite.workers.buffer import PairBuffer, TrainingPair
 from oatlite.workers.rollout import SamplingOptions
 from oatlite.workers.saving import pack, unpack
-
 
 NUM_COUNTED = 4000
 
@@ -41,7 +40,6 @@ def share_of_e(prompt: str, response: str) -> float:
 def test_a_plan_is_two_samplers_that_there_are(name: str) -> None:
     assert set(PLANS[name]) <= set(SAMPLERS)
     assert sampling_plan(build_algorithm(DPOConfig()), name) == PLANS[name]
-    assert needs_reference(PLANS[name]) == (name != "policy")
 
 
 def test_an_algorithm_with_a_plan_of_its_own_keeps_it() -> None:
