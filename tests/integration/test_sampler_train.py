@@ -13,6 +13,10 @@ RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "hybrid": (("--algo", "dpo", "--sampler", "hybrid"), {"policy", "reference"}),
     "mixture": (("--algo", "simpo", "--sampler", "mixture"), {"mixture-plus", "mixture-minus"}),
     "xpo": (("--algo", "xpo", "--set", "algorithm.alpha=0.01"), {"policy", "reference"}),
+    "mixture, adapter": (
+        ("--algo", "dpo", "--sampler", "mixture", "--lora-rank", "4", "--set", "lora.sync=adapter"),
+        {"mixture-plus", "mixture-minus"},
+    ),
     "hybrid, adapter": (
         ("--algo", "dpo", "--sampler", "hybrid", "--lora-rank", "4", "--set", "lora.sync=adapter"),
         {"policy", "reference"},
