@@ -10,7 +10,7 @@ def mixed_logprobs(policy: Tensor, reference: Tensor, coefficients: Tensor) -> T
     """Log-probabilities (..., V) of the mixture whose logits are ``a log pi + b log pi_ref``.
 
     ``policy`` and ``reference`` (..., V) are logits, normalized or not, and ``coefficients`` (..., 2) hold a and b
-    (arXiv 2409.19605, section 4.2). Computed in float32 at least. A temperature comes after this.
+    (arXiv 2409.19605). Computed in float32 at least. A temperature comes after this.
     """
     kind = torch.promote_types(torch.promote_types(policy.dtype, reference.dtype), torch.float32)
     a, b = coefficients.to(kind).unbind(-1)
