@@ -29,13 +29,17 @@ def one_actor(
     *,
     max_model_len: int = 64,
     lora: dict[str, Any] | None = None,
+    more: dict[str, dict[str, Any]] | None = None,
 ) -> Iterator[ActorPool]:
-    """An actor in float32 on CPU, ready to be synced; its log is ``logs/actor.log``."""
-    settings = {
+    """An actor in float32 on CPU, ready to be synced; its log is ``logs/actor.log``. ``more`` are sections of its
+    configuration."""
+    settings: dict[str, dict[str, Any]] = {
         "model": {"path": str(policy), "dtype": "float32"},
         "oracle": {"path": str(reward_model), "dtype": "float32"},
         "lora": lora or {},
     }
+    for section, values in (more or {}).items():
+        settings[section] = settings.get(section, {}) | values
     with LocalLauncher(SHM_PREFIX) as launcher:
         spec = WorkerSpec(
             run_id=launcher.run_id,

@@ -70,6 +70,9 @@ def train(
         str | None, setting("explore.rule", ALGORITHM, metavar="sea-bai|sea-ee|uncertainty|passive|apl")
     ] = None,
     num_candidates: Annotated[int | None, setting("explore.num_candidates", ALGORITHM)] = None,
+    sampler: Annotated[
+        str | None, setting("rollout.sampler", SAMPLING, metavar="policy|reference|hybrid|mixture")
+    ] = None,
     max_new_tokens: Annotated[int | None, setting("sampling.max_new_tokens", SAMPLING)] = None,
     temperature: Annotated[float | None, setting("sampling.temperature", SAMPLING)] = None,
     prompts_per_step: Annotated[int | None, setting("rollout.prompts_per_step", BATCHES)] = None,

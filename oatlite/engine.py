@@ -3,6 +3,17 @@
 The engine is a state machine of two states. ``READY`` generates; ``LOADING`` takes weights, bucket by bucket, and
 refuses to generate until the update is complete. An engine that fails while loading is tainted for good: half of its
 layers are new, and only a fresh process helps.
+
+Responses of the **reference** come from the same engine and the same cache of keys and values. With an adapter they are
+requests without it, in one batch with the policy's. Else the reference's weights are loaded in the place of the
+policy's by the same reload as a weight sync, all its responses are sampled, and the policy's are loaded back from a
+copy in host memory. That costs two reloads a request (0.7 s each for 326 MiB on two busy cores) and two models in
+host memory, and nothing on the device, where a second engine would want as much memory again and a second cache. It
+generates at vLLM's speed, but in two batches one after the other.
+
+Responses of a **mixture** need both models at each token. The reference then stands beside the engine as a Hugging
+Face model with a cache of its own (:mod:`oatlite.next_token`), and what it says is mixed in before vLLM's sampler sees
+the logits: so temperature, top-p and seeds act on the mixture, and its log-probabilities are what is reported.
 """
 
 from __future__ import annotations
@@ -11,8 +22,8 @@ import enum
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +33,17 @@ import numpy.typing as npt
 
 from oatlite.errors import ConfigError, WorkerDied
 from oatlite.lora import AdapterOptions, write_adapter
+from oatlite.samplers import MIXTURES, coefficients
 
 if TYPE_CHECKING:
     import torch
 
+    from oatlite.next_token import NextTokens
+
 
 WARM_UP_TOKENS = 4
+MIXTURE = "oatlite-mixture"  # what tells a request's coefficients to its logits processor
+REFERENCE_CACHE_BYTES = 4 << 30  # of the reference beside the engine; more requests at once than fit wait for others
 ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM makes room for
 
 
@@ -35,7 +51,8 @@ ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM makes roo
 class EngineOptions:
     """How to start the engine. ``max_model_len`` counts prompt and response tokens together.
 
-    With an ``adapter``, the weights that come are that adapter's alone, for the model at ``path``.
+    With an ``adapter``, the weights that come are that adapter's alone, for the model at ``path``. ``samplers`` are
+    those that may be asked for; those beside the policy need a ``reference``, a path too.
     """
 
     path: str
@@ -48,11 +65,23 @@ class EngineOptions:
     threads: int
     trust_remote_code: bool = False
     adapter: AdapterOptions | None = None
+    samplers: frozenset[str] = frozenset({"policy"})
+    reference: str | None = None
+    mixture_weight: float = 0.5
+
+    @property
+    def mixes(self) -> bool:
+        return bool(self.samplers & MIXTURES)
+
+    @property
+    def swaps(self) -> bool:
+        return "reference" in self.samplers and self.adapter is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One response: token ids with their log-probabilities (T,) at temperature 1, and its text without EOS."""
+    """One response: token ids, the log-probability of each (T,) under its sampler's distribution at temperature 1, and
+    its text without EOS."""
 
     tokens: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
@@ -72,6 +101,8 @@ def _prepare_environment(options: EngineOptions) -> None:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_DO_NOT_TRACK"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if options.mixes:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its logits processors have another interface
     if options.device == "cpu":
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(options.kv_cache_gib)))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -88,6 +119,11 @@ class Engine:
     """
 
     def __init__(self, options: EngineOptions) -> None:
+        if "reference" in options.samplers and options.adapter is not None and options.reference != options.path:
+            raise ConfigError(
+                f"an engine with an adapter samples from no other reference than its base {options.path}",
+                "type --set lora.sync=merged",
+            )
         _prepare_environment(options)
         from vllm import LLM
 
@@ -109,6 +145,9 @@ class Engine:
         if options.adapter is not None:
             room = next(rank for rank in ADAPTER_RANKS if rank >= options.adapter.rank)
             arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+        if options.mixes:
+            # Scheduled ahead of time, a step would not know the tokens of the one before.
+            arguments |= {"logits_processors": [_tracker_class()], "async_scheduling": False}
         if options.device == "cpu":
             arguments["enforce_eager"] = True
         else:
@@ -121,6 +160,9 @@ class Engine:
         self._options = options
         self._arriving: dict[str, torch.Tensor] = {}
         self._lora_request: Any = None
+        self._policy_copy: dict[str, torch.Tensor] = {}
+        self._reference_weights: Mapping[str, torch.Tensor] | None = None
+        self._reference: NextTokens | None = self._put_beside() if options.mixes else None
         self.state = State.READY
 
     @property
@@ -148,18 +190,47 @@ class Engine:
         top_p: float,
         top_k: int,
         max_new_tokens: int,
+        samplers: Sequence[str] | None = None,
     ) -> list[Sample]:
         """Sample one response per prompt; prompts (R,) are token ids, ``seeds`` (R,) one integer each.
 
-        Raises RuntimeError while weights are being loaded.
+        ``samplers`` (R,) say which distribution each comes from (default: the policy). Raises RuntimeError while
+        weights are being loaded, and for a sampler that the engine was not started with.
         """
+        samplers = ["policy"] * len(prompts) if samplers is None else samplers
         self._require_ready()
-        params = [_params(seed, temperature, top_p, top_k, max_new_tokens) for seed in seeds]
-        inputs = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
-        return [
-            _sample(output.outputs[0])
-            for output in self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora_request)
-        ]
+        if foreign := set(samplers) - self._options.samplers - {"policy"}:
+            raise RuntimeError(f"the engine was not started for the sampler {min(foreign)}")
+
+        def sample(indices: Sequence[int]) -> None:
+            params = [
+                _params(
+                    seeds[i],
+                    temperature,
+                    top_p,
+                    top_k,
+                    max_new_tokens,
+                    mixture=self._coefficients(samplers[i]) if samplers[i] in MIXTURES else None,
+                )
+                for i in indices
+            ]
+            inputs = [{"prompt_token_ids": prompts[i].tolist()} for i in indices]
+            adapters = [None if samplers[i] == "reference" else self._lora_request for i in indices]
+            outputs = self._llm.generate(inputs, params, use_tqdm=False, lora_request=adapters)
+            found.update(zip(indices, (_sample(output.outputs[0]) for output in outputs), strict=True))
+
+        found: dict[int, Sample] = {}
+        swapped = [i for i, sampler in enumerate(samplers) if self._options.swaps and sampler == "reference"]
+        others = [i for i in range(len(prompts)) if i not in set(swapped)]
+        num_tokens = max(map(len, prompts), default=0) + max_new_tokens
+        for wave in self._waves(others, [samplers[i] in MIXTURES for i in others], num_tokens):
+            sample(wave)
+        if self._reference is not None:
+            self._reference.forget()
+        if swapped:
+            with self._as_reference():
+                sample(swapped)
+        return [found[i] for i in range(len(prompts))]
 
     def finished(
         self,
@@ -215,6 +286,105 @@ class Engine:
         if self.state is not State.READY:
             raise RuntimeError(f"the engine cannot generate while it is {self.state.value}")
 
+    def _coefficients(self, sampler: str) -> tuple[float, float]:
+        return coefficients(sampler, self._options.mixture_weight)
+
+    def _waves(self, indices: Sequence[int], is_mixed: Sequence[bool], num_tokens: int) -> Iterator[Sequence[int]]:
+        """Cut requests of up to ``num_tokens`` so that the mixtures of a wave fit the reference's cache."""
+        if self._reference is None or not any(is_mixed):
+            yield from filter(None, [indices])
+            return
+        at_once = max(1, REFERENCE_CACHE_BYTES // (self._reference.cache_bytes_per_token * num_tokens))
+        wave: list[int] = []
+        num_mixed = 0
+        for index, mixed in zip(indices, is_mixed, strict=True):
+            if mixed and num_mixed == at_once:
+                yield wave
+                wave, num_mixed = [], 0
+            wave.append(index)
+            num_mixed += mixed
+        yield wave
+
+    # ------------------------------------------------------------------ the reference
+
+    def _load_reference(self, path: str) -> Any:
+        from oatlite.models import load_policy
+        from oatlite.weights import DTYPES
+
+        with self.hugging_face_models():
+            return load_policy(path, DTYPES[self._options.dtype], trust_remote_code=self._options.trust_remote_code)
+
+    def _put_beside(self) -> NextTokens:
+        """Load the reference, and mix it into the logits of the requests that ask for it."""
+        import torch
+
+        from oatlite.maths.samplers import mixed_logprobs
+        from oatlite.next_token import NextTokens
+
+        assert self._options.reference is not None
+        model = self._load_reference(self._options.reference)
+        reference = NextTokens(model, torch.device(self._options.device))
+        if self._options.swaps:
+            self._reference_weights = _named(model)
+        runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        (tracker,) = (one for one in runner.input_batch.logitsprocs.all if hasattr(one, "running"))
+
+        def mix(module: Any, args: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+            running = dict(tracker.running)
+            if not running:
+                return None
+            rows = list(running)
+            logits = keywords["logits"].float()
+            shares = torch.tensor([running[row].coefficients for row in rows], device=logits.device)
+            logits[rows] = mixed_logprobs(logits[rows], reference.logits(list(running.values())), shares)
+            return args, keywords | {"logits": logits}
+
+        # Not as a logits processor's own work, which vLLM does after it has taken the log-probabilities to report.
+        runner.sampler.register_forward_pre_hook(mix, with_kwargs=True)
+        return reference
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """Inside, the engine holds the reference's weights. If anything fails in there it is tainted."""
+        import torch
+
+        with torch.no_grad():
+            if self._reference_weights is None:
+                assert self._options.reference is not None
+                self._reference_weights = self._hosted(_named(self._load_reference(self._options.reference)))
+            policy: Mapping[str, torch.Tensor] = self._policy_copy
+            if not policy:  # no sync has been: it holds what lies at its path
+                is_reference = self._options.path == self._options.reference
+                policy = self._reference_weights if is_reference else _named(self._load_reference(self._options.path))
+            try:
+                self._replace_weights(self._reference_weights)
+                yield
+                self._replace_weights(policy)
+            except BaseException:
+                self.state = State.TAINTED
+                raise
+
+    def _hosted(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """The same in memory that a GPU copies from at full speed."""
+        return weights if self._options.device == "cpu" else {name: one.pin_memory() for name, one in weights.items()}
+
+    def _replace_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.begin_load()
+        self._guarded(lambda: self._take(list(weights.items())))
+        self.finish_load()
+
+    def _copy_policy(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Keep what a sync brings, to load it again after the reference's weights."""
+        import torch
+
+        for name, tensor in tensors:
+            if name not in self._policy_copy:
+                is_pinned = self._options.device != "cpu"
+                self._policy_copy[name] = torch.empty_like(tensor, device="cpu", pin_memory=is_pinned)
+            self._policy_copy[name].copy_(tensor)
+
+    # ------------------------------------------------------------------ weights
+
     def warm_up(self, prompt: npt.NDArray[np.int32]) -> float:
         """Generate once so that kernels are ready before the first timed step; returns seconds."""
         start = time.perf_counter()
@@ -259,11 +429,16 @@ class Engine:
         self._arriving |= {name: tensor.to("cpu", copy=True) for name, tensor in tensors}
 
     def _load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        self._take(tensors)
+        self._release(tensors)
+        if self._options.swaps:
+            self._copy_policy(tensors)
+        self._wait_for_device()
+
+    def _take(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         loaded = self.model.load_weights(iter(tensors))
         if loaded is not None and not loaded:
             raise WorkerDied(f"vLLM took none of {len(tensors)} tensors, the first of them {tensors[0][0]}")
-        self._release(tensors)
-        self._wait_for_device()
 
     def _wait_for_device(self) -> None:
         """Until what was queued has read its inputs: a copy on a GPU returns before it is done."""
@@ -340,7 +515,14 @@ class Engine:
 
 
 def _params(
-    seed: int, temperature: float, top_p: float, top_k: int, max_new_tokens: int, *, output_kind: str = "CUMULATIVE"
+    seed: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_new_tokens: int,
+    *,
+    output_kind: str = "CUMULATIVE",
+    mixture: tuple[float, float] | None = None,
 ) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -353,8 +535,39 @@ def _params(
         seed=None if temperature == 0 else int(seed) % 2**63,
         logprobs=0,
         flat_logprobs=True,
+        extra_args=None if mixture is None else {MIXTURE: mixture},
         output_kind=RequestOutputKind[output_kind],
     )
+
+
+def _named(model: Any) -> Mapping[str, torch.Tensor]:
+    return {name: parameter.data for name, parameter in model.named_parameters()}
+
+
+def _tracker_class() -> type[Any]:
+    """A logits processor that changes nothing, and knows which row of the batch is a mixture's request."""
+    from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
+
+    from oatlite.next_token import Running
+
+    def begin(params: Any, prompt: list[int] | None, response: list[int]) -> Running | None:
+        shares = (params.extra_args or {}).get(MIXTURE)
+        return None if shares is None else Running(prompt or (), response, shares)
+
+    class Tracker(LogitsProcessor):  # type: ignore[misc]
+        def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+            self.running: dict[int, Running] = {}
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def update_state(self, batch_update: Any) -> None:
+            process_dict_updates(self.running, batch_update, begin)
+
+        def apply(self, logits: torch.Tensor) -> torch.Tensor:
+            return logits
+
+    return Tracker
 
 
 def _sample(output: Any) -> Sample:

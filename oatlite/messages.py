@@ -155,7 +155,8 @@ class GenerateRequest(Message):
     """Sample ``len(samplers)`` responses for each prompt with the weights of ``policy_version``.
 
     ``prompt_tokens`` holds all prompts end to end, ``prompt_lengths`` (M,) cuts them; ``seeds`` (M * N,) has one
-    seed per sample, a prompt's N samples side by side. ``temperature`` 0 is greedy.
+    seed per sample, a prompt's N samples side by side. ``samplers`` are of ``oatlite.samplers.SAMPLERS``, of which the
+    reference is the same in all versions. ``temperature`` 0 is greedy.
     """
 
     batch_id: str = text()
@@ -180,8 +181,8 @@ class CandidateBatch(Message):
     """The answer to a GenerateRequest; the samples stand in the order of its seeds (M * N,).
 
     ``sampler_logprobs`` belong to ``response_tokens`` one to one: the log-probability of each sampled token under
-    the distribution of ``policy_version`` at temperature 1. ``is_finished`` says that the response ended with EOS
-    (a sampled token, present in ``response_tokens``) and not at the length limit.
+    the distribution of its own sampler, in ``policy_version``, at temperature 1. ``is_finished`` says that the
+    response ended with EOS (a sampled token, present in ``response_tokens``) and not at the length limit.
     """
 
     batch_id: str = text()

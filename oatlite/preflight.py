@@ -9,7 +9,6 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from oatlite.config.algorithms import CustomAlgorithmConfig
 from oatlite.config.flags import to_type
 from oatlite.config.resolve import pairs_of_step
 from oatlite.config.schema import Config
@@ -66,8 +65,7 @@ def check(config: Config) -> Plan:
         limit = min(limit, max_positions(reference))
     if not config.rollout.offline:
         check_oracle_models(config)
-    if config.rollout.offline or config.explore.rule != "none" or isinstance(config.algorithm, CustomAlgorithmConfig):
-        _check_algorithm(config)
+    _check_algorithm(config)
     if config.explore.rule not in ("none", "apl"):
         check_encoder(config)
     if config.eval.gold_score is not None:
@@ -137,10 +135,12 @@ def _offline_plan(
 
 def _check_algorithm(config: Config) -> None:
     from oatlite.algorithms import build_algorithm
+    from oatlite.samplers import sampling_plan
 
     algorithm = build_algorithm(config.algorithm)
     if config.explore.rule != "none":
         _check_exploring(config, algorithm)
+    sampling_plan(algorithm, config.rollout.sampler)
     if config.rollout.offline and algorithm.needs.margins and config.data.margin_key is None:
         raise ConfigError(
             f"--algo {config.algorithm.name} learns from reward margins, which without an oracle the data must bring",
@@ -154,6 +154,12 @@ def _check_exploring(config: Config, algorithm: Algorithm) -> None:
     name, rule = config.algorithm.name, config.explore.rule
     if type(algorithm).select is not Algorithm.select or type(algorithm).sampling_plan is not Algorithm.sampling_plan:
         raise ConfigError(f"--explore {rule} chooses pairs, and --algo {name} chooses its own", "leave one of them out")
+    if rule == "apl" and config.rollout.sampler != "policy":
+        raise ConfigError(
+            f"--explore apl goes by the policy's own log-probabilities, and --sampler {config.rollout.sampler} samples "
+            "others",
+            "leave one of them out",
+        )
     if config.explore.self_label_ratio and algorithm.needs.margins:
         raise ConfigError(
             f"explore.self_label_ratio = {config.explore.self_label_ratio:g}, and --algo {name} learns from reward "

@@ -22,11 +22,13 @@ from torch import nn
 from oatlite.algorithms.base import Algorithm, Candidate
 from oatlite.config.schema import Config
 from oatlite.data import PromptSet
+from oatlite.maths.samplers import mixed_logprobs
 from oatlite.messages import Float32, Int32, UInt64
 from oatlite.metrics.records import Kind, Record, make_record
 from oatlite.models import ForwardBatch
 from oatlite.oracles.base import PreferenceOracle, RewardOracle, Verdicts, checked
 from oatlite.preferences import PreferenceSet
+from oatlite.samplers import coefficients
 from oatlite.trainer import StepResult
 from oatlite.workers.active import ActivePreferences
 from oatlite.workers.contracts import Share
@@ -75,14 +77,21 @@ class FunctionOracle(RewardOracle):
 
 
 class InMemoryActors:
-    """Samples from the weights of the last sync, and asks the oracle. ``calls`` notes what was done, in order."""
+    """Samples from the weights of the last sync, from the reference, which are the ``initial`` ones, or from mixtures
+    of both, and asks the oracle. ``calls`` notes what was done, in order."""
 
     def __init__(
-        self, oracle: PreferenceOracle, initial: BigramPolicy, eval_oracle: PreferenceOracle | None = None
+        self,
+        oracle: PreferenceOracle,
+        initial: BigramPolicy,
+        eval_oracle: PreferenceOracle | None = None,
+        mixture_weight: float = 0.5,
     ) -> None:
         self._oracle = oracle
         self._eval_oracle = eval_oracle or oracle
         self._logits = initial.logits.detach().clone()
+        self._reference_logits = self._logits.clone()
+        self._mixture_weight = mixture_weight
         self.policy_version = 0
         self.reload_s = 0.0
         self.calls: list[str] = []
@@ -99,16 +108,19 @@ class InMemoryActors:
 
     def _sample(self, prompt: Int32, seed: int, sampler: str, sampling: SamplingOptions) -> Candidate:
         rng = np.random.default_rng(seed)
+        shares = torch.tensor(coefficients(sampler, self._mixture_weight))
         tokens: list[int] = []
         logprobs: list[float] = []
         while len(tokens) < sampling.max_new_tokens and (not tokens or tokens[-1] != EOS):
-            logits = self._logits[tokens[-1] if tokens else int(prompt[-1])].double()
+            previous = tokens[-1] if tokens else int(prompt[-1])
+            both = self._logits[previous].double(), self._reference_logits[previous].double()
+            logits = mixed_logprobs(*both, shares)
             if sampling.temperature == 0:
                 token = int(logits.argmax())
             else:
                 token = int(rng.choice(len(LETTERS), p=(logits / sampling.temperature).softmax(-1).numpy()))
             tokens.append(token)
-            logprobs.append(float(logits.log_softmax(-1)[token]))
+            logprobs.append(float(logits[token]))
         return Candidate(
             tokens=np.array(tokens, np.int32),
             logprobs=np.array(logprobs, np.float32),
@@ -269,7 +281,7 @@ def rehearse(
     """
     config = _config(steps, prompts_per_step, lr, seed, {"rollout": {"sync_every": sync_every}}, settings or {})
     policy, trainer, updater = _learning_half(config, algorithm, keeps_behaviour=sync_every > 1)
-    actors = InMemoryActors(oracle or FunctionOracle(score), policy, eval_oracle)
+    actors = InMemoryActors(oracle or FunctionOracle(score), policy, eval_oracle, config.sampling.mixture_weight)
     share, silent, journal = Share(rank=0, count=1), _Silent(), InMemoryJournal()
     prompts = letter_prompts(4 * prompts_per_step, training_reference)
     head = Explorer(config, share, actors, trainer, CPU) if config.explore.rule not in ("none", "apl") else None

@@ -17,6 +17,7 @@ from oatlite.algorithms.lr_dpo import LRDPO
 from oatlite.algorithms.rev_kl import RevKL
 from oatlite.algorithms.simpo import SimPO
 from oatlite.algorithms.slic import SLiC
+from oatlite.algorithms.xpo import XPO
 from oatlite.config.algorithms import AlgorithmConfig, CustomAlgorithmConfig
 from oatlite.errors import ConfigError
 from oatlite.loading import load_callable
@@ -34,6 +35,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "kto": KTO,
     "kl": KL,
     "rev_kl": RevKL,
+    "xpo": XPO,
 }
 
 

@@ -34,7 +34,8 @@ class Needs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One sampled response: tokens (T,) and the sampler's log-probability of each (T,), at temperature 1."""
+    """One sampled response: tokens (T,) and the log-probability of each (T,) under the distribution of ``sampler``, at
+    temperature 1."""
 
     tokens: Int32
     logprobs: Float32
@@ -80,7 +81,8 @@ class Algorithm(ABC):
         self.options = options
 
     def sampling_plan(self) -> Sequence[str]:
-        """The sampler of each candidate of a prompt; its length is the number of candidates."""
+        """The sampler of each candidate of a prompt, of ``oatlite.samplers.SAMPLERS``; its length is the number of
+        candidates. Overriding it rules out ``--sampler``."""
         return ("policy", "policy")
 
     def select(

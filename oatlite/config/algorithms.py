@@ -80,6 +80,12 @@ class RevKLConfig(Section):
     margin_scale: PositiveFloat = 1.0
 
 
+class XPOConfig(Section):
+    name: Literal["xpo"] = "xpo"
+    beta: PositiveFloat = 0.1
+    alpha: NonNegativeFloat = Field(5e-6, description="weight of the optimism term")
+
+
 class CustomAlgorithmConfig(Section):
     """``file.py:Class`` or ``package.module:Class``; ``options`` go to the class, which validates them."""
 
@@ -105,6 +111,7 @@ AlgorithmConfig = Annotated[
     | Annotated[KTOConfig, Tag("kto")]
     | Annotated[KLConfig, Tag("kl")]
     | Annotated[RevKLConfig, Tag("rev_kl")]
+    | Annotated[XPOConfig, Tag("xpo")]
     | Annotated[CustomAlgorithmConfig, Tag("custom")],
     Discriminator(_tag),
 ]
@@ -122,5 +129,6 @@ ALGORITHM_CONFIGS: dict[str, type[Section]] = {
     "kto": KTOConfig,
     "kl": KLConfig,
     "rev_kl": RevKLConfig,
+    "xpo": XPOConfig,
 }
 """By name; a new algorithm is added here, to the union above and to ``oatlite.algorithms.ALGORITHMS``."""

@@ -29,6 +29,7 @@ FLAGS: dict[str, str] = {
     "learner.lr": "--lr",
     "rollout.sync_every": "--sync-every",
     "rollout.offline": "--offline",
+    "rollout.sampler": "--sampler",
     "sampling.max_new_tokens": "--max-new-tokens",
     "sampling.temperature": "--temperature",
     "rollout.prompts_per_step": "--prompts-per-step",

@@ -60,7 +60,8 @@ Layer = dict[str, Given]
 ONLINE_ONLY = ("data.prompts", "data.max_queries", "oracle.path", "placement.actors")
 """Of a preset, what an offline run does not take over; given otherwise, it is refused there."""
 OFFLINE_UNREAD = (
-    *("sampling.", "explore.", "oracle.", "remote.", "judge.", "sync.", "lora.sync", "rollout.sync_every"),
+    *("sampling.", "explore.", "oracle.", "remote.", "judge.", "sync.", "lora.sync"),
+    *("rollout.sync_every", "rollout.sampler"),
     *("eval.gold_score", "eval.oracle", "eval.best_of_n", "eval.online", "eval.every_queries"),
 )
 

@@ -39,6 +39,7 @@ def resolve(config: Config, num_gpus: int, *, is_resumed: bool = False) -> Confi
     _check_quantization(resolved)
     _check_offload(resolved)
     _check_reference(resolved)
+    _check_samplers(resolved)
     _check_ranks(resolved)
     resolved = _with_transport(resolved)
     _check_batches(resolved, batch_size_is_default=config.learner.batch_size is None)
@@ -223,6 +224,26 @@ def _check_reference(config: Config) -> None:
         raise ConfigError(
             "learner.reference_offload = true, and with an adapter the reference is the policy's own base",
             "leave it out",
+        )
+
+
+def _check_samplers(config: Config) -> None:
+    """XPO says itself where its responses come from; an engine with an adapter of its own has one reference."""
+    is_xpo = config.algorithm.name == "xpo"
+    if is_xpo and config.rollout.offline:
+        raise ConfigError(
+            "--algo xpo explores with responses of the policy and the reference, and --offline has none",
+            f"type {to_type('algorithm.name', 'dpo')}, or leave out --offline",
+        )
+    if is_xpo and config.rollout.sampler != "policy":
+        typed = to_type("rollout.sampler", config.rollout.sampler)
+        raise ConfigError(f"{typed}, and --algo xpo says itself where its responses come from", "leave it out")
+    samples_reference = is_xpo or config.rollout.sampler in ("reference", "hybrid")
+    if samples_reference and config.lora.sync == "adapter" and config.model.reference != config.model.path:
+        raise ConfigError(
+            f"model.reference = {config.model.reference} is to be sampled from, and with lora.sync = adapter the "
+            "actors have the policy's own base alone",
+            f"type {to_type('lora.sync', 'merged')}",
         )
 
 

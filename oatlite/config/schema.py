@@ -87,9 +87,17 @@ class SamplingConfig(Section):
     temperature: PositiveFloat = Field(0.7, description="temperature of sampled responses")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="1: off")
     top_k: NonNegativeInt = Field(0, description="0: off")
+    mixture_weight: PositiveFloat = Field(
+        0.5, description="w of --sampler mixture: (1 + w) log pi - w log pi_ref, and (1 - w) log pi + w log pi_ref"
+    )
 
 
 class RolloutConfig(Section):
+    sampler: Literal["policy", "reference", "hybrid", "mixture"] = Field(
+        "policy",
+        description="where a prompt's two responses come from: both from the policy, both from the reference, one from "
+        "each, or from two mixtures of both",
+    )
     prompts_per_step: PositiveInt = Field(128, description="prompts of one step over all ranks")
     sync_every: PositiveInt = Field(1, description="steps between weight syncs; larger than the run: offline baseline")
     offline: bool = Field(

@@ -185,6 +185,28 @@ def dpo_sft(
     return result._replace(losses=result.losses - sft_weight * policy_chosen / chosen_lengths)
 
 
+def xpo(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    beta: float,
+    alpha: float,
+    chosen_is_reference: Tensor,
+    rejected_is_reference: Tensor,
+) -> PairLosses:
+    """Exploratory preference optimization, arXiv 2405.21046, algorithm 1: ``-log sigmoid(beta h) + alpha s``.
+
+    All tensors are (B,). s is the policy's log-probability of the response that the reference has sampled, marked by
+    the two bool tensors: c or r, or nothing where neither was, or their sum. Lowering it is the optimism: the policy
+    leaves what the reference finds likely unless preferences hold it there.
+    """
+    result = dpo(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta)
+    sampled = policy_chosen * chosen_is_reference + policy_rejected * rejected_is_reference
+    return result._replace(losses=result.losses + alpha * sampled)
+
+
 def bnf(
     policy_chosen: Tensor,
     policy_rejected: Tensor,

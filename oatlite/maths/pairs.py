@@ -56,11 +56,14 @@ class PairBatch:
     ``margins`` (B,): the oracle's reward of the chosen response minus that of the rejected one; of an oracle that only
     compares, the log-odds of its probability. ``policy_kl`` and ``reference_kl`` (K,): log-probabilities of responses
     of the whole gradient step under prompts that they do not belong to, where the algorithm needs them.
+    ``chosen_is_reference`` and ``rejected_is_reference`` (B,), bool: this response was sampled from the reference.
     """
 
     margins: torch.Tensor
     policy_kl: torch.Tensor | None = None
     reference_kl: torch.Tensor | None = None
+    chosen_is_reference: torch.Tensor | None = None
+    rejected_is_reference: torch.Tensor | None = None
 
 
 def pair_tokens(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from oatlite.algorithms import build_algorithm
 from oatlite.config.oracle_names import for_evaluation
 from oatlite.config.schema import Config
 from oatlite.engine import WARM_UP_TOKENS, Engine, EngineOptions
@@ -34,6 +35,7 @@ from oatlite.messages import (
 )
 from oatlite.oracles import PreferenceOracle, build_oracle, checked
 from oatlite.oracles.features import Encodes, build_encoder
+from oatlite.samplers import sampling_plan
 from oatlite.transport import Spoke, address
 from oatlite.weights import WeightReader
 from oatlite.workers.lifeline import Lifeline
@@ -89,6 +91,9 @@ def _engine_options(spec: WorkerSpec) -> EngineOptions:
         threads=spec.threads,
         trust_remote_code=config.model.trust_remote_code,
         adapter=adapter_of(config.lora) if config.lora.sync == "adapter" else None,
+        samplers=frozenset(sampling_plan(build_algorithm(config.algorithm), config.rollout.sampler)),
+        reference=config.model.reference or config.model.path,
+        mixture_weight=config.sampling.mixture_weight,
     )
 
 
@@ -165,6 +170,7 @@ class Actor:
             top_p=request.top_p,
             top_k=request.top_k,
             max_new_tokens=request.max_new_tokens,
+            samplers=request.samplers * len(prompts),
         )
         tokens, lengths = join([sample.tokens for sample in samples], "int32")
         logprobs, _ = join([sample.logprobs for sample in samples], "float32")

@@ -18,6 +18,7 @@ from oatlite.messages import Bool, UInt64
 from oatlite.metrics.records import Mean
 from oatlite.models import TokenPair
 from oatlite.oracles.base import Verdicts, draw_verdicts, flipped, reward_margins, trainable_pairs, wins
+from oatlite.samplers import sampling_plan
 from oatlite.seeds import seed_of
 from oatlite.workers.buffer import TrainingPair
 from oatlite.workers.contracts import Actors, Explores, Share, Shows
@@ -181,10 +182,10 @@ class Experience:
             rollouts.pairs.clear()
 
     def _plan(self) -> list[str]:
-        """The sampler of each candidate of a prompt."""
-        if self._explorer is not None:
-            return ["policy"] * self._config.explore.num_candidates
-        return list(self._algorithm.sampling_plan())
+        """The sampler of each candidate of a prompt; of more than two, by turns."""
+        plan = sampling_plan(self._algorithm, self._config.rollout.sampler)
+        count = len(plan) if self._explorer is None else self._config.explore.num_candidates
+        return [plan[n % len(plan)] for n in range(count)]
 
     def _win_rate(
         self, contests: Sequence[CandidateSet], sides: Sequence[Sequence[Candidate]], references: Sequence[str]
@@ -228,6 +229,7 @@ class Experience:
                     sampler_logprobs=np.concatenate([chosen.logprobs, rejected.logprobs]),
                     is_trainable=bool(trainable[b]),
                     margin=float(margins[b] if first_wins[b] else -margins[b]),
+                    samplers=(chosen.sampler, rejected.sampler),
                 )
             )
             win = float(verdicts.first_win[b])

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from oatlite.checkpoint import Checkpoint, CheckpointWriter, FileRecord, prune
 from oatlite.messages import cut, join
 from oatlite.models import TokenPair
+from oatlite.samplers import SAMPLERS
 from oatlite.trainer import Trainer
 from oatlite.workers.buffer import Entry, PairBuffer, TrainingPair
 from oatlite.workers.explorer import Explorer
@@ -131,6 +132,7 @@ def pack(buffer: PairBuffer) -> bytes:
         "step": np.array([entry.step for entry in entries], np.int64),
         "is_trainable": np.array([entry.pair.is_trainable for entry in entries], np.bool_),
         "margin": np.array([entry.pair.margin for entry in entries], np.float64),
+        "samplers": np.array([SAMPLERS.index(name) for e in entries for name in e.pair.samplers], np.int64),
         "has_reference": np.array([entry.reference_logprobs is not None for entry in entries], np.bool_),
         "has_sampler": np.array([entry.pair.sampler_logprobs is not None for entry in entries], np.bool_),
     }
@@ -151,6 +153,7 @@ def unpack(path: Path) -> tuple[list[int], list[Entry]]:
     lengths = arrays["chosen_lengths"] + arrays["rejected_lengths"]
     sampler = iter(cut(arrays["sampler"], lengths[arrays["has_sampler"]]))
     reference = iter(cut(arrays["reference"], lengths[arrays["has_reference"]]))
+    samplers = [SAMPLERS[index] for index in arrays["samplers"]]
     entries = [
         Entry(
             pair=TrainingPair(
@@ -158,6 +161,7 @@ def unpack(path: Path) -> tuple[list[int], list[Entry]]:
                 sampler_logprobs=next(sampler) if arrays["has_sampler"][i] else None,
                 is_trainable=bool(arrays["is_trainable"][i]),
                 margin=float(arrays["margin"][i]),
+                samplers=(samplers[2 * i], samplers[2 * i + 1]),
             ),
             step=int(arrays["step"][i]),
             reference_logprobs=next(reference) if arrays["has_reference"][i] else None,

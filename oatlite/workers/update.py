@@ -55,9 +55,9 @@ class Layout:
 class UpdateStats:
     """Metrics of one step on one rank; Means add up over ranks, ``mismatch_max`` takes their maximum.
 
-    The mismatch is that of the step's own pairs, if this run has sampled them, at its first gradient step: later ones
-    would show how far the policy has moved since, and not how well sampler and learner agree. ``reference_s`` is the
-    time of the reference's pass.
+    The mismatch is that of the responses that the policy itself has sampled for the step, if there are any, at its
+    first gradient step: later ones would show how far the policy has moved since, and not how well sampler and learner
+    agree. ``reference_s`` is the time of the reference's pass.
     """
 
     loss: Mean = field(default_factory=Mean)
@@ -216,6 +216,8 @@ class Updater:
             margins=torch.tensor([entry.pair.margin for entry in entries]).to(logprobs),
             policy_kl=crossed[0],
             reference_kl=crossed[1],
+            chosen_is_reference=self._is_reference(entries, 0),
+            rejected_is_reference=self._is_reference(entries, 1),
         )
         result = self._algorithm.loss(policy, reference if needs.reference else None, facts)
         if balance is not None:
@@ -229,6 +231,10 @@ class Updater:
             stats.kl.extend((policy.chosen - reference.chosen).tolist())
             stats.kl.extend((policy.rejected - reference.rejected).tolist())
         return logprobs, result
+
+    def _is_reference(self, entries: Sequence[Entry], side: int) -> torch.Tensor:
+        found = [entry.pair.samplers[side] == "reference" for entry in entries]
+        return torch.tensor(found, device=self._layout.device)
 
     def _responses(
         self, logprobs: torch.Tensor, entropies: torch.Tensor | None, batch: ForwardBatch
@@ -315,12 +321,13 @@ class Updater:
         sampled = [entry.pair.sampler_logprobs for entry in entries if entry.pair.sampler_logprobs is not None]
         if not sampled:
             return
-        is_new = np.repeat(
-            [entry.step == step for entry in entries], [e.pair.tokens.num_response_tokens for e in entries]
+        counts = np.repeat(
+            [entry.step == step and name == "policy" for entry in entries for name in entry.pair.samplers],
+            [len(tokens) for e in entries for tokens in (e.pair.tokens.chosen, e.pair.tokens.rejected)],
         )
         sampler = np.concatenate(sampled)
-        mask = torch.from_numpy(is_new).to(learner.device)
-        found = mismatch(learner[mask], torch.from_numpy(sampler[is_new]).to(learner))
+        mask = torch.from_numpy(counts).to(learner.device)
+        found = mismatch(learner[mask], torch.from_numpy(sampler[counts]).to(learner))
         stats.mismatch_mean += Mean(found["abs_difference_sum"], found["num_tokens"])
         stats.mismatch_outside += Mean(found["num_outside"], found["num_tokens"])
         stats.mismatch_max = max(stats.mismatch_max, found["abs_difference_max"])

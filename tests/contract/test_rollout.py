@@ -834,7 +834,8 @@ class FakeEngine:
     def __init__(self):
         self.loading, self.loaded = None, None
 
-    def generate(self, prompts, seeds, *, temperature, top_p, top_k, max_new_tokens):
+    def generate(self, prompts, seeds, *, temperature, top_p, top_k, max_new_tokens, samplers):
+        assert len(samplers) == len(prompts)
         samples = [response_of(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         return [
             Sample(tokens=tokens, logprobs=-tokens.astype(np.float32), text=text, is_finished=seed % 2 == 0)

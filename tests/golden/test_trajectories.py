@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ CPU = torch.device("cpu")
 LORA = {f"{name}, LoRA": name for name in ("simpo", "dpo")}
 NAMES = {name: name for name in ALGORITHM_CONFIGS} | LORA
 """The algorithm of each trajectory. With LoRA, the reference is the policy with its adapter off."""
+OPTIONS = {"xpo": {"alpha": 0.05}}  # by its default it could not be told from DPO
 
 WAYS: dict[int, dict[str, dict[str, int]]] = {
     1: {
@@ -71,7 +73,8 @@ def pairs_of(step: int) -> list[TrainingPair]:
         margin = float(rng.exponential(2.0))
         return TrainingPair(tokens=tokens, sampler_logprobs=logprobs, is_trainable=True, margin=margin)
 
-    return [pair() for _ in range(PAIRS)]
+    sides = (("policy", "reference"), ("reference", "policy"))
+    return [replace(pair(), samplers=sides[i % 2]) for i in range(PAIRS)]
 
 
 def network(seed: int) -> torch.nn.Module:
@@ -88,7 +91,7 @@ def trajectory(name: str, way: dict[str, int], ranks: Ranks) -> dict[str, Any]:
             "rollout": {"prompts_per_step": PAIRS},
             "learner": learner,
             "placement": {"learners": ranks.count, "actors": ranks.count},
-            "algorithm": {"name": NAMES[name]},
+            "algorithm": {"name": NAMES[name]} | OPTIONS.get(name, {}),
         }
     )
     options = OptimizerOptions(

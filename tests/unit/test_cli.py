@@ -159,6 +159,7 @@ def test_every_flag_reaches_its_option(trained: list[Any]) -> None:
         "data.reference_key": "rk", "data.split": "s", "data.chat_template": True, "data.max_prompt_tokens": 7,
         "data.max_prompts": 800, "data.epochs": 2, "data.max_queries": 900, "algorithm.name": "dpo",
         "algorithm.beta": 0.7, "learner.lr": 0.3, "rollout.sync_every": 4, "sampling.max_new_tokens": 5,
+        "rollout.sampler": "hybrid",
         "sampling.temperature": 0.2, "rollout.prompts_per_step": 80, "learner.batch_size": 40,
         "learner.micro_batch_size": 4, "oracle.path": ("o", "judge"), "oracle.weights": "0.7,0.3",
         "explore.rule": "sea-ee", "explore.num_candidates": 5,

@@ -126,6 +126,21 @@ def test_dpo_sft_adds_the_likelihood_of_a_token(weight):
     check_rewards(result, 0.1)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 5e-6, 0.3])
+def test_xpo_adds_the_likelihood_of_what_the_reference_sampled(alpha):
+    from_reference = [(True, False), (False, True), (False, True), (True, False), (False, False)]
+    chosen, rejected = (torch.tensor(side) for side in zip(*from_reference, strict=True))
+    result = losses.xpo(
+        *map(float64, FOUR), beta=0.1, alpha=alpha, chosen_is_reference=chosen, rejected_is_reference=rejected
+    )
+    expected = [
+        negative_log_sigmoid(0.1 * ((c - c0) - (r - r0))) + alpha * (c if is_c else r if is_r else 0.0)
+        for (c, r, c0, r0), (is_c, is_r) in zip(pairs(), from_reference, strict=True)
+    ]
+    close(result.losses, expected)
+    check_rewards(result, 0.1)
+
+
 @pytest.mark.parametrize("foreign", [FOREIGN, FOREIGN[::-1]], ids=["diverged", "clamped"])
 def test_kto_is_the_mean_of_two_values(foreign):
     policy_kl, reference_kl = foreign
@@ -267,10 +282,16 @@ def extras(name):
         "kto": {"beta": 0.5, "policy_kl": float64([-1.0]), "reference_kl": float64([-1.5])},
         "kl": {"beta": 0.5, "margins": float64([4.0, 4.0])},
         "rev_kl": {"beta": 0.5, "margins": float64([4.0, 4.0])},
+        "xpo": {
+            "beta": 0.5,
+            "alpha": 0.05,
+            "chosen_is_reference": torch.tensor([True, False]),
+            "rejected_is_reference": torch.tensor([False, True]),
+        },
     }[name]
 
 
-WITH_REFERENCE = ["dpo", "cdpo", "ipo", "slic", "lr_dpo", "dpo_positive", "dpo_sft", "kto", "kl", "rev_kl"]
+WITH_REFERENCE = ["dpo", "cdpo", "ipo", "slic", "lr_dpo", "dpo_positive", "dpo_sft", "kto", "kl", "rev_kl", "xpo"]
 
 
 @pytest.mark.parametrize("name", WITH_REFERENCE)
