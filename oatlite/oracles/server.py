@@ -27,6 +27,7 @@ from oatlite.config.oracle_names import kind_of
 from oatlite.config.schema import Config, OracleConfig
 from oatlite.errors import ConfigError, OatliteError, OracleError
 from oatlite.oracles import PreferenceOracle, RewardOracle, build_oracle, checked
+from oatlite.oracles.base import checked_scores
 from oatlite.oracles.feedback import (
     OLD_PATH,
     PATH,
@@ -177,7 +178,8 @@ def _scores(oracle: PreferenceOracle, requests: Sequence[Request]) -> list[bytes
     assert isinstance(oracle, RewardOracle), "the gate lets nobody else ask for scores"
     responses = _all(requests, lambda request: request.responses)
     scores = oracle.score(_all(requests, lambda request: request.prompts), responses, _references(requests))
-    return [encode_scores(np.asarray(scores, np.float32)[part]) for part in _parts(requests)]
+    scores = checked_scores(scores, len(responses))
+    return [encode_scores(scores[part]) for part in _parts(requests)]
 
 
 def _references(requests: Sequence[Request]) -> list[str] | None:

@@ -4,8 +4,10 @@ import ipaddress
 import socket
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from oatlite_cli.main import main
+from oats_feedback import read_scores, reward_body
 from small_folders import save_model
 from small_pairrm import save_pairrm
 
@@ -176,6 +178,17 @@ def test_a_function_is_served(tmp_path):
     assert (verdicts.first_scores.tolist(), verdicts.second_scores.tolist()) == ([1.0], [0.0])
     with pytest.raises(OracleError, match="takes a reference"):
         answers(oracle, [decode_request(encode_comparison(["p"], ["aa"], ["a"]))])
+
+
+def test_infinite_scores_are_an_error_and_missing_ones_nan(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def score(response):\n    return 1e300 if response == 'huge' else None if response == 'odd' else 1.0\n"
+    )
+    oracle = load(settings(f"{tmp_path / 'mine.py'}:score"))
+    [answer] = answers(oracle, [decode_request(reward_body(["p", "p"], ["odd", "good"]))])
+    assert np.array_equal(read_scores(answer), [np.nan, 1.0], equal_nan=True)
+    with pytest.raises(OracleError, match="infinite scores"):
+        answers(oracle, [decode_request(reward_body(["p", "p"], ["huge", "good"]))])
 
 
 def test_pairrm_is_served_and_not_split(tmp_path):
