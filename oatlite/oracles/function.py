@@ -78,10 +78,11 @@ class _Function:
         self._name = name
         self._function = function
         self._parameters = parameters
+        self.needs_references = "reference" in parameters
 
     def _call(self, **values: str | None) -> float:
         """What it answers, NaN for None. Raises OracleError for an exception of its own, or what is no number."""
-        if "reference" in self._parameters and values["reference"] is None:
+        if self.needs_references and values["reference"] is None:
             raise OracleError(
                 f"the oracle {self._name} takes a reference, and the data has none", "type --reference-key COLUMN"
             )
