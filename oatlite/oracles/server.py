@@ -67,7 +67,7 @@ class Gate(Worker):
         except BadMessage as error:
             raise ValidationError(str(error)) from None
         if self._token and not hmac.compare_digest((request.token or "").encode(), self._token.encode()):
-            raise ClientError("the token is missing or wrong")
+            raise ClientError(f"the token is missing or wrong; set {TOKEN} to the same at both ends")
         if request.responses and SCORES not in self._traits:
             raise ValidationError("this oracle only compares; ask with batch_candidates")
         if request.references is None and NEEDS_REFERENCES in self._traits:

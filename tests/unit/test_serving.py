@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from mosec import ValidationError
+from mosec import ClientError, ValidationError
 from oatlite_cli.main import main
 from oats_feedback import read_scores, reward_body
 from small_folders import save_model
@@ -208,6 +208,13 @@ def test_who_gives_no_references_to_a_function_that_takes_them_is_refused_at_the
         gate.deserialize(encode_comparison(["p"], ["aa"], ["a"]))
     with pytest.raises(ValidationError, match="only compares"):
         gate.deserialize(reward_body(["p"], ["a"]))
+
+
+def test_who_has_the_wrong_token_is_told_where_it_goes(tmp_path, monkeypatch):
+    monkeypatch.setenv(NOTES, str(tmp_path))
+    monkeypatch.setenv("OATLITE_ORACLE_TOKEN", "right")
+    with pytest.raises(ClientError, match="wrong; set OATLITE_ORACLE_TOKEN"):
+        Gate().deserialize(encode_comparison(["p"], ["aa"], ["a"], token="wrong"))
 
 
 def test_infinite_scores_are_an_error_and_missing_ones_nan(tmp_path):
