@@ -108,13 +108,12 @@ class FunctionReward(_Function, RewardOracle):
     ) -> Floats:
         """See :meth:`RewardOracle.score`."""
         answers = references if references is not None else [None] * len(prompts)
-        return np.array(
-            [
-                self._call(prompt=prompt, response=response, reference=answer)
-                for prompt, response, answer in zip(prompts, responses, answers, strict=True)
-            ],
-            np.float32,
-        )
+        scores = [
+            self._call(prompt=prompt, response=response, reference=answer)
+            for prompt, response, answer in zip(prompts, responses, answers, strict=True)
+        ]
+        with np.errstate(over="ignore"):  # then it is infinite, which is refused
+            return np.array(scores, np.float32)
 
 
 class FunctionPreference(_Function, PreferenceOracle):
