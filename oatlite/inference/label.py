@@ -8,7 +8,7 @@ and by ``oatlite reward-model``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,9 @@ import numpy as np
 from oatlite.config.oracle_names import kind_of
 from oatlite.config.schema import Config
 from oatlite.data import is_conversation, load_rows, raw_text
-from oatlite.errors import ConfigError
+from oatlite.errors import ConfigError, OracleError
 from oatlite.fitting import Report
-from oatlite.inference.judging import in_blocks, open_oracle
+from oatlite.inference.judging import BLOCK, in_blocks, joined, open_oracle
 from oatlite.oracle_checks import check_oracle_models, try_oracles
 from oatlite.oracles import Verdicts, draw_verdicts, trainable_pairs
 from oatlite.oracles.base import flipped, reward_margins
@@ -61,6 +61,15 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def part(self, some: slice) -> Pairs:
+        return replace(
+            self,
+            prompts=self.prompts[some],
+            first=self.first[some],
+            second=self.second[some],
+            references=None if self.references is None else self.references[some],
+        )
+
     @property
     def raw_prompts(self) -> list[str]:
         """As an oracle gets them."""
@@ -82,19 +91,32 @@ class Labelled:
 
 
 def label(options: LabelOptions, report: Report) -> Labelled:
-    """Judge the pairs and write ``options.output``. Raises OatliteError, also where no pair is left to write."""
+    """Judge the pairs and write ``options.output``. Raises OatliteError, also where no pair is left to write.
+
+    Where the oracle fails, or Ctrl-C comes, the pairs that it has answered are written beside it, as they would be
+    there, and the error says so.
+    """
     config = options.config
     require_writable(options.output, (".jsonl",), overwrite=options.overwrite)
     pairs = read_pairs(options)
     check_oracle_models(config)
     try_oracles(config, pairs.raw_prompts[0], None if pairs.references is None else pairs.references[0])
     oracle = open_oracle(config)
+    compare = in_blocks(oracle, len(pairs), "label", report)
+    answers: list[Verdicts] = []
     try:
-        compare = in_blocks(oracle, len(pairs), "label", report)
-        verdicts = compare(pairs.raw_prompts, pairs.first, pairs.second, pairs.references)
+        for start in range(0, len(pairs), BLOCK):
+            block = pairs.part(slice(start, start + BLOCK))
+            answers.append(compare(block.raw_prompts, block.first, block.second, block.references))
+    except OracleError as error:
+        raise OracleError(
+            error.message, "; ".join(filter(None, [error.fix, _keep(pairs, answers, options)]))
+        ) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_keep(pairs, answers, options)) from None
     finally:
         oracle.close()
-    rows, result = labelled(pairs, verdicts, config)
+    rows, result = labelled(pairs, joined(answers), config)
     if not rows:
         raise ConfigError(
             f"no pair of {options.data} has a preference: {result.num_equal} are equal, {result.num_tied} tied, and "
@@ -103,6 +125,17 @@ def label(options: LabelOptions, report: Report) -> Labelled:
         )
     write_complete(options.output, json_lines(rows), overwrite=options.overwrite)
     return result
+
+
+def _keep(pairs: Pairs, answers: Sequence[Verdicts], options: LabelOptions) -> str:
+    """Write what the oracle has answered, in place of what an earlier attempt left, and say where that is."""
+    if not answers:
+        return ""
+    verdicts = joined(answers)
+    rows, _ = labelled(pairs.part(slice(len(verdicts))), verdicts, options.config)
+    path = options.output.with_name(f"{options.output.name}.partial")
+    write_complete(path, json_lines(rows), overwrite=True)
+    return f"the first {len(verdicts)} of {len(pairs)} pairs were answered, and {len(rows)} are kept in {path}"
 
 
 def labelled(pairs: Pairs, verdicts: Verdicts, config: Config) -> tuple[list[dict[str, Any]], Labelled]:

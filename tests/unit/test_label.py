@@ -13,6 +13,7 @@ from oatlite_cli.main import main
 
 from oatlite.config.schema import Config
 from oatlite.errors import ConfigError
+from oatlite.inference.judging import BLOCK
 from oatlite.inference.label import LabelOptions, Pairs, labelled, read_pairs
 from oatlite.oracles.base import Verdicts
 
@@ -152,6 +153,34 @@ def test_an_oracle_that_fails_in_the_middle_leaves_no_file(capsys: pytest.Captur
     assert main(["label", "--oracle", "late.py:score", "--output", "out.jsonl", "--data", data]) == 6
     assert "no finite number" in capsys.readouterr().err
     assert not list(Path().glob("*out.jsonl*"))
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "words"),
+    [
+        ("1 / 0", 6, "raised ZeroDivisionError: division by zero; the first"),
+        ("os.kill(os.getpid(), signal.SIGINT)", 130, "interrupted; the first"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143, "terminated; the first"),
+    ],
+)
+def test_what_was_answered_before_the_end_is_kept(
+    end: str, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score = "    return len(response) + float(response.startswith('b'))\n"
+    Path("late.py").write_text(
+        f"import os, signal\ndef whole(response):\n{score}"
+        f"def score(response):\n    if response == 'last':\n        {end}\n{score}"
+    )
+    num = 2 * BLOCK + 5
+    rows = [pair(f"a{n}", f"b{n}") for n in range(num)] + [pair("a", "last")]
+    arguments = ("--data", write(*rows), "--flip-prob", "0.3")
+    assert main(["label", "--oracle", "late.py:score", "--output", "out.jsonl", *arguments]) == code
+    said = capsys.readouterr().err.splitlines()[-1]
+    kept = f"{2 * BLOCK} of {num + 1} pairs were answered, and {2 * BLOCK} are kept in out.jsonl.partial"
+    assert words in said and kept in said
+    assert not Path("out.jsonl").exists()
+    assert main(["label", "--oracle", "late.py:whole", "--output", "out.jsonl", *arguments]) == 0
+    assert read("out.jsonl.partial") == read()[: 2 * BLOCK]
 
 
 def options(data: str, **more: Any) -> LabelOptions:
