@@ -39,12 +39,14 @@ def in_blocks(oracle: PreferenceOracle, total: int, what: str, report: Report, s
             answers.append(checked(answer, len(prompts[block])))
             done += len(prompts[block])
             report(what, done, total, f"{oracle.num_failures} retries" if oracle.num_failures else "")
-        return _joined(answers)
+        return joined(answers)
 
     return compare
 
 
-def _joined(answers: Sequence[Verdicts]) -> Verdicts:
+def joined(answers: Sequence[Verdicts]) -> Verdicts:
+    """The verdicts on all pairs, in order; without rewards unless all have them."""
+
     def scores(get: Callable[[Verdicts], npt.NDArray[np.float32] | None]) -> npt.NDArray[np.float32] | None:
         parts = [part for part in map(get, answers) if part is not None]
         return np.concatenate(parts) if len(parts) == len(answers) else None

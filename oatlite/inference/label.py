@@ -8,17 +8,18 @@ and by ``oatlite reward-model``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from oatlite.config.oracle_names import kind_of
 from oatlite.config.schema import Config
 from oatlite.data import is_conversation, load_rows, raw_text
-from oatlite.errors import ConfigError
+from oatlite.errors import ConfigError, OracleError
 from oatlite.fitting import Report
-from oatlite.inference.judging import in_blocks, open_oracle
+from oatlite.inference.judging import BLOCK, in_blocks, joined, open_oracle
 from oatlite.oracle_checks import check_oracle_models, try_oracles
 from oatlite.oracles import Verdicts, draw_verdicts, trainable_pairs
 from oatlite.oracles.base import flipped, reward_margins
@@ -46,8 +47,8 @@ class LabelOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """B pairs. ``prompts`` are as the data has them; ``num_empty`` and ``num_single`` count what is no pair: rows that
-    lack a text, and samples without a second one."""
+    """B pairs. ``prompts`` are as the data has them; ``num_empty``, ``num_single`` and ``num_equal`` count what is no
+    pair: rows that lack a text, samples without a second one, and answers that are the same."""
 
     prompts: list[Any]
     first: list[str]
@@ -55,6 +56,19 @@ class Pairs:
     references: list[str] | None
     num_empty: int
     num_single: int = 0
+    num_equal: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def part(self, some: slice) -> Pairs:
+        return replace(
+            self,
+            prompts=self.prompts[some],
+            first=self.first[some],
+            second=self.second[some],
+            references=None if self.references is None else self.references[some],
+        )
 
     @property
     def raw_prompts(self) -> list[str]:
@@ -77,19 +91,32 @@ class Labelled:
 
 
 def label(options: LabelOptions, report: Report) -> Labelled:
-    """Judge the pairs and write ``options.output``. Raises OatliteError, also where no pair is left to write."""
+    """Judge the pairs and write ``options.output``. Raises OatliteError, also where no pair is left to write.
+
+    Where the oracle fails, or Ctrl-C comes, the pairs that it has answered are written beside it, as they would be
+    there, and the error says so.
+    """
     config = options.config
     require_writable(options.output, (".jsonl",), overwrite=options.overwrite)
     pairs = read_pairs(options)
     check_oracle_models(config)
     try_oracles(config, pairs.raw_prompts[0], None if pairs.references is None else pairs.references[0])
     oracle = open_oracle(config)
+    compare = in_blocks(oracle, len(pairs), "label", report)
+    answers: list[Verdicts] = []
     try:
-        compare = in_blocks(oracle, len(pairs.first), "label", report)
-        verdicts = compare(pairs.raw_prompts, pairs.first, pairs.second, pairs.references)
+        for start in range(0, len(pairs), BLOCK):
+            block = pairs.part(slice(start, start + BLOCK))
+            answers.append(compare(block.raw_prompts, block.first, block.second, block.references))
+    except OracleError as error:
+        raise OracleError(
+            error.message, "; ".join(filter(None, [error.fix, _keep(pairs, answers, options)]))
+        ) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_keep(pairs, answers, options)) from None
     finally:
         oracle.close()
-    rows, result = labelled(pairs, verdicts, config)
+    rows, result = labelled(pairs, joined(answers), config)
     if not rows:
         raise ConfigError(
             f"no pair of {options.data} has a preference: {result.num_equal} are equal, {result.num_tied} tied, and "
@@ -100,6 +127,17 @@ def label(options: LabelOptions, report: Report) -> Labelled:
     return result
 
 
+def _keep(pairs: Pairs, answers: Sequence[Verdicts], options: LabelOptions) -> str:
+    """Write what the oracle has answered, in place of what an earlier attempt left, and say where that is."""
+    if not answers:
+        return ""
+    verdicts = joined(answers)
+    rows, _ = labelled(pairs.part(slice(len(verdicts))), verdicts, options.config)
+    path = options.output.with_name(f"{options.output.name}.partial")
+    write_complete(path, json_lines(rows), overwrite=True)
+    return f"the first {len(verdicts)} of {len(pairs)} pairs were answered, and {len(rows)} are kept in {path}"
+
+
 def labelled(pairs: Pairs, verdicts: Verdicts, config: Config) -> tuple[list[dict[str, Any]], Labelled]:
     """The rows to write. ``win_probability`` is the chosen answer's and ``margin`` its reward less the other's, or
     of an oracle that only compares the log-odds: low and negative where a verdict was flipped."""
@@ -108,7 +146,6 @@ def labelled(pairs: Pairs, verdicts: Verdicts, config: Config) -> tuple[list[dic
     is_flipped = flipped(len(drawn), config.oracle.flip_prob, _draws(config, FLIP_DRAWS))
     first_wins = drawn ^ is_flipped
     trainable = trainable_pairs(verdicts, pairs.first, pairs.second, feedback)
-    equal = np.array([a == b for a, b in zip(pairs.first, pairs.second, strict=True)])
     margins = reward_margins(verdicts)
     rows = []
     for b in np.flatnonzero(trainable).tolist():
@@ -130,9 +167,9 @@ def labelled(pairs: Pairs, verdicts: Verdicts, config: Config) -> tuple[list[dic
         num_pairs=len(rows),
         num_empty=pairs.num_empty,
         num_single=pairs.num_single,
-        num_equal=int(equal.sum()),
-        num_without_verdict=int((~verdicts.is_valid & ~equal).sum()),
-        num_tied=int((verdicts.is_valid & ~equal & ~trainable).sum()),
+        num_equal=pairs.num_equal,
+        num_without_verdict=int((~verdicts.is_valid).sum()),
+        num_tied=int((verdicts.is_valid & ~trainable).sum()),
         num_flipped=int((is_flipped & trainable).sum()),
     )
 
@@ -173,6 +210,10 @@ def _consecutive(
 ) -> tuple[list[tuple[Any, Any, Any, Any]], int]:
     """Samples 2n and 2n + 1 of one prompt, and how many rows are left over."""
     responses, samples = list(rows["response"]), list(rows["sample"])
+    if not all(isinstance(sample, int) for sample in samples):
+        raise ConfigError(
+            "the column sample holds what is no whole number", "number the responses to each prompt from 0"
+        )
     numbers = list(rows["row"]) if "row" in rows.column_names else [0] * len(rows)
     found, i = [], 0
     while i + 1 < len(rows):
@@ -202,15 +243,29 @@ def _complete(found: Sequence[tuple[Any, Any, Any, Any]], options: LabelOptions,
     kept = [row for row in found if row[0] and row[1] and row[2]]
     if not kept:
         raise ConfigError(f"{options.data} has no row with a prompt and two answers", "bring other data")
-    texts = [row[3] for row in kept]
-    has_references = all(isinstance(text, str) for text in texts)
-    if options.reference_key and not has_references:
-        raise ConfigError(f"{options.data} lacks text in {options.reference_key}", "name another --reference-key")
+    num_complete = len(kept)
+    kept = [row for row in kept if row[1] != row[2]]
+    if not kept:
+        raise ConfigError(f"no pair of {options.data} has a preference: all have two equal answers", "bring other data")
     return Pairs(
         prompts=[row[0] for row in kept],
         first=[row[1] for row in kept],
         second=[row[2] for row in kept],
-        references=texts if has_references else None,
-        num_empty=len(found) - len(kept),
+        references=_references([row[3] for row in kept], options),
+        num_empty=len(found) - num_complete,
         num_single=num_single,
+        num_equal=num_complete - len(kept),
     )
+
+
+def _references(texts: Sequence[Any], options: LabelOptions) -> list[str] | None:
+    """All of them, or None where none is there or no oracle would read them."""
+    found = [text for text in texts if isinstance(text, str) and text]
+    is_read = any(kind_of(name) in ("function", "remote") for name in options.config.oracle.path)
+    if len(found) < len(texts) and (options.reference_key or (found and is_read)):
+        raise ConfigError(
+            f"{options.data} lacks text in {options.reference_key or REFERENCE}, in {len(texts) - len(found)} of "
+            f"{len(texts)} pairs",
+            "leave these rows out, or name another --reference-key",
+        )
+    return found if len(found) == len(texts) else None

@@ -13,8 +13,8 @@ from oatlite.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, OatliteError
 class Stopped(OatliteError):
     """A signal ended the command; ``exit_code`` says which."""
 
-    def __init__(self, exit_code: int, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, exit_code: int, message: str, fix: str = "") -> None:
+        super().__init__(message, fix)
         self.exit_code = exit_code
 
 
@@ -22,7 +22,8 @@ class Stopped(OatliteError):
 def stopped_by_signals() -> Iterator[None]:
     """Within this, SIGTERM does what Ctrl-C does, and either comes out as :class:`Stopped`.
 
-    On its way it is a KeyboardInterrupt, which no library takes for an error of its own.
+    On its way it is a KeyboardInterrupt, which no library takes for an error of its own. What that was given to say,
+    the error says too.
     """
     terminated: list[int] = []
 
@@ -33,9 +34,10 @@ def stopped_by_signals() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        words = " ".join(map(str, stop.args))
         if terminated:
-            raise Stopped(EXIT_TERMINATED, "terminated") from None
-        raise Stopped(EXIT_INTERRUPTED, "interrupted") from None
+            raise Stopped(EXIT_TERMINATED, "terminated", words) from None
+        raise Stopped(EXIT_INTERRUPTED, "interrupted", words) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -48,8 +48,11 @@ class Verdicts:
 class PreferenceOracle(ABC):
     """Says which of two responses to a prompt is better.
 
-    A user's own, with ``--oracle file.py:Class``, is made without arguments.
+    A user's own, with ``--oracle file.py:Class``, is made without arguments. ``needs_references`` says that it cannot
+    answer without them.
     """
+
+    needs_references: bool = False
 
     @property
     def num_failures(self) -> int:

@@ -42,8 +42,9 @@ class BadAnswer(Exception):
 class _Failed(Exception):
     """One attempt failed; ``pause_s`` is what the server asked us to wait, if it did."""
 
-    def __init__(self, why: str, pause_s: float | None = None, *, is_bad_answer: bool = False) -> None:
+    def __init__(self, why: str, pause_s: float | None = None, *, is_bad_answer: bool = False, fix: str = "") -> None:
         super().__init__(why)
+        self.fix = fix
         self.pause_s = pause_s
         self.is_bad_answer = is_bad_answer
 
@@ -63,7 +64,8 @@ class Caller:
 
     ``headers`` go with each request, and their values never into an error. ``deadline_s`` bounds a call of
     :meth:`ask_all`, ``timeout_s`` one attempt, ``concurrency`` the requests that are under way together.
-    ``num_failures`` counts attempts that failed, since the start.
+    ``num_failures`` counts attempts that failed, since the start. ``if_unreachable`` says what to type where nobody
+    answers at ``url``.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Caller:
         url: str,
         *,
         what: str,
+        if_unreachable: str = "",
         concurrency: int,
         timeout_s: float,
         deadline_s: float,
@@ -81,6 +84,7 @@ class Caller:
         self.url = url
         self.what = what
         self.num_failures = 0
+        self._if_unreachable = if_unreachable
         self._concurrency = concurrency
         self._timeout_s = timeout_s
         self._deadline_s = deadline_s
@@ -180,7 +184,7 @@ class Caller:
                 self._not_before = max(self._not_before, time.monotonic() + pause_s)
             if num_bad >= MAX_BAD_ANSWERS or time.monotonic() + pause_s >= deadline:
                 times = "once" if num_attempts == 1 else f"{num_attempts} times"
-                raise self._error(f"{failed} (asked {times})")
+                raise self._error(f"{failed} (asked {times})", failed.fix)
             await asyncio.sleep(pause_s)
 
     async def _wait_as_told(self, deadline: float) -> None:
@@ -202,7 +206,8 @@ class Caller:
         except TimeoutError:
             raise _Failed(f"gave no answer within {timeout_s:.3g} s") from None
         except httpx.HTTPError as error:
-            raise _Failed(f"cannot be reached: {type(error).__name__} {self.without_secrets(str(error))}") from None
+            why = f"cannot be reached: {type(error).__name__} {self.without_secrets(str(error))}"
+            raise _Failed(why, fix=self._if_unreachable) from None
 
     async def _read(self, response: httpx.Response) -> bytes:
         if _encoding(response).lower() != IDENTITY:
@@ -225,8 +230,8 @@ class Caller:
         pause_s = _retry_after(response.headers.get("retry-after"))
         return _Failed(why if pause_s is None else f"{why} and asks to wait {pause_s:.0f} s", pause_s)
 
-    def _error(self, why: str) -> OracleError:
-        return OracleError(f"{self.what} at {self.url} {why}")
+    def _error(self, why: str, fix: str = "") -> OracleError:
+        return OracleError(f"{self.what} at {self.url} {why}", fix)
 
 
 def is_on_this_machine(url: str) -> bool:

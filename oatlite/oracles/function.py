@@ -93,11 +93,12 @@ class _Function:
         self._name = name
         self._function = function
         self._parameters = parameters
+        self.needs_references = parameters.get("reference", False)
 
     def _call(self, **values: str | None) -> float:
         """What it answers, NaN for None. Raises OracleError for an exception of its own, or what is no number."""
         given = {name: values[name] for name in self._parameters if name != "reference" or values[name] is not None}
-        if self._parameters.get("reference") and "reference" not in given:
+        if self.needs_references and "reference" not in given:
             raise OracleError(
                 f"the oracle {self._name} takes a reference, and the data has none", "type --reference-key COLUMN"
             )
@@ -122,6 +123,7 @@ class GuardedReward(RewardOracle):
     def __init__(self, name: str, oracle: RewardOracle) -> None:
         self._name = name
         self._oracle = oracle
+        self.needs_references = oracle.needs_references
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str] | None = None
@@ -137,6 +139,7 @@ class GuardedPreference(PreferenceOracle):
     def __init__(self, name: str, oracle: PreferenceOracle) -> None:
         self._name = name
         self._oracle = oracle
+        self.needs_references = oracle.needs_references
 
     def compare(
         self,
@@ -158,13 +161,12 @@ class FunctionReward(_Function, RewardOracle):
     ) -> Floats:
         """See :meth:`RewardOracle.score`."""
         answers = references if references is not None else [None] * len(prompts)
-        return np.array(
-            [
-                self._call(prompt=prompt, response=response, reference=answer)
-                for prompt, response, answer in zip(prompts, responses, answers, strict=True)
-            ],
-            np.float32,
-        )
+        scores = [
+            self._call(prompt=prompt, response=response, reference=answer)
+            for prompt, response, answer in zip(prompts, responses, answers, strict=True)
+        ]
+        with np.errstate(over="ignore"):  # then it is infinite, which is refused
+            return np.array(scores, np.float32)
 
 
 class FunctionPreference(_Function, PreferenceOracle):

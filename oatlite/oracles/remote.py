@@ -30,6 +30,7 @@ class RemoteOracle(PreferenceOracle):
         self._caller = Caller(
             feedback_url(config.url),
             what="the oracle server",
+            if_unreachable="start it with oatlite serve-oracle, or give another --oracle-url",
             concurrency=config.concurrency,
             timeout_s=config.timeout_s,
             deadline_s=deadline_s,

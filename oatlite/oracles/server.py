@@ -27,6 +27,7 @@ from oatlite.config.oracle_names import kind_of
 from oatlite.config.schema import Config, OracleConfig
 from oatlite.errors import ConfigError, OatliteError, OracleError
 from oatlite.oracles import PreferenceOracle, RewardOracle, build_oracle, checked
+from oatlite.oracles.base import checked_scores
 from oatlite.oracles.feedback import (
     OLD_PATH,
     PATH,
@@ -38,6 +39,7 @@ from oatlite.oracles.feedback import (
 )
 from oatlite.oracles.server_settings import (
     FAILED,
+    NEEDS_REFERENCES,
     NOTES,
     READY,
     SCORES,
@@ -65,15 +67,19 @@ class Gate(Worker):
         except BadMessage as error:
             raise ValidationError(str(error)) from None
         if self._token and not hmac.compare_digest((request.token or "").encode(), self._token.encode()):
-            raise ClientError("the token is missing or wrong")
-        if request.responses and not self._can_score:
+            raise ClientError(f"the token is missing or wrong; set {TOKEN} to the same at both ends")
+        if request.responses and SCORES not in self._traits:
             raise ValidationError("this oracle only compares; ask with batch_candidates")
+        if request.references is None and NEEDS_REFERENCES in self._traits:
+            raise ValidationError(
+                "this oracle takes references; send batch_reference (oatlite: --reference-key COLUMN)"
+            )
         return data
 
     @cached_property
-    def _can_score(self) -> bool:
-        """As a worker noted when it was ready; before, no request comes here."""
-        return next(self._notes.glob(f"{READY}*")).read_text() == SCORES
+    def _traits(self) -> list[str]:
+        """The oracle's, as a worker noted them when it was ready; before, no request comes here."""
+        return next(self._notes.glob(f"{READY}*")).read_text().split()
 
     def forward(self, data: bytes) -> bytes:
         return data
@@ -101,7 +107,7 @@ class Scorer(Worker):
             why = f"a worker failed at its start: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
             _leave(notes / f"{FAILED}{settings.index}", json.dumps([OracleError.exit_code, why, ""]))
             sys.exit(1)
-        _leave(notes / f"{READY}{settings.index}", SCORES if isinstance(self._oracle, RewardOracle) else "compares")
+        _leave(notes / f"{READY}{settings.index}", traits(self._oracle))
 
     def deserialize_ipc(self, data: bytes) -> Request:
         return decode_request(data)
@@ -120,8 +126,14 @@ class Scorer(Worker):
         return data
 
 
+def traits(oracle: PreferenceOracle) -> str:
+    """What the gate must know of it, in words."""
+    words = {SCORES: isinstance(oracle, RewardOracle), NEEDS_REFERENCES: oracle.needs_references}
+    return " ".join(word for word, is_so in words.items() if is_so)
+
+
 def load(settings: WorkerSettings) -> PreferenceOracle:
-    """The oracle of a worker; a model has answered once. Raises ConfigError or OracleError."""
+    """The oracle of a worker, which has answered once. Raises ConfigError or OracleError."""
     options = OracleConfig.model_validate(settings.oracle)
     (name,) = options.path
     if kind_of(name) == "model":
@@ -131,8 +143,13 @@ def load(settings: WorkerSettings) -> PreferenceOracle:
     if settings.device == "auto":
         _check_splits(name)
     oracle = build_oracle(options.path, Config(oracle=options), device=settings.device)
-    if kind_of(name) == "model":
-        checked(oracle.compare(["Which one?"], ["This one."], ["That one."]), 1)
+    try:  # numbers are texts too, and what a function that checks answers may want to read
+        checked(oracle.compare(["What is 1 + 1?"], ["2"], ["3"], ["2"]), 1)
+    except OracleError as error:
+        if kind_of(name) != "function":
+            raise
+        asked = "it was asked whether 2 or 3 is the better answer to What is 1 + 1?, with the reference 2"
+        raise ConfigError(error.message, error.fix or f"{asked}: return None where it cannot say") from error
     return oracle
 
 
@@ -177,7 +194,8 @@ def _scores(oracle: PreferenceOracle, requests: Sequence[Request]) -> list[bytes
     assert isinstance(oracle, RewardOracle), "the gate lets nobody else ask for scores"
     responses = _all(requests, lambda request: request.responses)
     scores = oracle.score(_all(requests, lambda request: request.prompts), responses, _references(requests))
-    return [encode_scores(np.asarray(scores, np.float32)[part]) for part in _parts(requests)]
+    scores = checked_scores(scores, len(responses))
+    return [encode_scores(scores[part]) for part in _parts(requests)]
 
 
 def _references(requests: Sequence[Request]) -> list[str] | None:

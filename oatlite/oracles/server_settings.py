@@ -13,8 +13,11 @@ from typing import Any
 SETTINGS = "OATLITE_SERVER_SETTINGS"
 NOTES = "OATLITE_SERVER_NOTES"
 TOKEN = "OATLITE_ORACLE_TOKEN"
-READY, FAILED, SCORES = "ready-", "failed-", "scores"
-"""Notes of workers, each with the worker's index after it, and what is in that of one whose oracle gives rewards."""
+READY, FAILED = "ready-", "failed-"
+"""Notes of workers, each with the worker's index after it."""
+
+SCORES, NEEDS_REFERENCES = "scores", "needs-references"
+"""Words in the note of a worker that is ready: its oracle gives rewards, it answers nobody without references."""
 
 QUEUE = 1024
 """More requests than these at once are told 429."""

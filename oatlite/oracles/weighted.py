@@ -19,6 +19,7 @@ class WeightedOracle(RewardOracle):
     def __init__(self, names: Sequence[str], oracles: Sequence[PreferenceOracle], weights: Sequence[float]) -> None:
         if len(weights) != len(oracles):
             raise ConfigError(f"there are {len(oracles)} oracles and {len(weights)} weights", "give one for each")
+        self.needs_references = any(oracle.needs_references for oracle in oracles)
         self._parts: list[tuple[RewardOracle, float]] = []
         for name, oracle, weight in zip(names, oracles, weights, strict=True):
             if not isinstance(oracle, RewardOracle):

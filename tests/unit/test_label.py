@@ -13,6 +13,7 @@ from oatlite_cli.main import main
 
 from oatlite.config.schema import Config
 from oatlite.errors import ConfigError
+from oatlite.inference.judging import BLOCK
 from oatlite.inference.label import LabelOptions, Pairs, labelled, read_pairs
 from oatlite.oracles.base import Verdicts
 
@@ -80,7 +81,28 @@ def test_an_oracle_that_compares_gives_no_rewards_and_reads_references() -> None
     assert row["margin"] == pytest.approx(np.log(9), rel=1e-4)
 
 
-def sampled(row: int, sample: int, response: str, **more: Any) -> dict[str, Any]:
+def test_pairs_of_equal_answers_are_not_asked_about(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("picky.py").write_text("def prefer(first, second):\n    return 1 / (first != second)\n")
+    data = write(pair("a", "a"), pair("a", "b"), pair("c", "c"))
+    assert main(["label", "--oracle", "picky.py:prefer", "--output", "out.jsonl", "--data", data]) == 0
+    assert [row["chosen"] for row in read()] == ["a"]
+    assert "1 pairs; left out: 2 with two equal answers" in capsys.readouterr().out
+
+
+def test_references_that_are_partly_there_are_not_dropped_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [pair("aa", "b", reference="aa"), pair("a", "bb", reference=None), pair("a", "bb", reference="")]
+    data = write(*rows)
+    assert main(["label", "--oracle", "judge.py:prefer", "--output", "out.jsonl", "--data", data]) == 2
+    assert f"{data} lacks text in reference, in 2 of 3 pairs; leave these rows out" in capsys.readouterr().err
+
+
+def test_references_that_nobody_reads_may_be_partly_there() -> None:
+    data = write(pair("aa", "b", reference="aa"), pair("a", "bb", reference=None))
+    model = Config.model_validate({"oracle": {"path": ["a-reward-model"]}})
+    assert read_pairs(LabelOptions(config=model, data=data, output=Path("out.jsonl"))).references is None
+
+
+def sampled(row: int, sample: Any, response: str, **more: Any) -> dict[str, Any]:
     return {"row": row, "sample": sample, "prompt": f"p{row}", "response": response, **more}
 
 
@@ -133,6 +155,34 @@ def test_an_oracle_that_fails_in_the_middle_leaves_no_file(capsys: pytest.Captur
     assert not list(Path().glob("*out.jsonl*"))
 
 
+@pytest.mark.parametrize(
+    ("end", "code", "words"),
+    [
+        ("1 / 0", 6, "raised ZeroDivisionError: division by zero; the first"),
+        ("os.kill(os.getpid(), signal.SIGINT)", 130, "interrupted; the first"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143, "terminated; the first"),
+    ],
+)
+def test_what_was_answered_before_the_end_is_kept(
+    end: str, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score = "    return len(response) + float(response.startswith('b'))\n"
+    Path("late.py").write_text(
+        f"import os, signal\ndef whole(response):\n{score}"
+        f"def score(response):\n    if response == 'last':\n        {end}\n{score}"
+    )
+    num = 2 * BLOCK + 5
+    rows = [pair(f"a{n}", f"b{n}") for n in range(num)] + [pair("a", "last")]
+    arguments = ("--data", write(*rows), "--flip-prob", "0.3")
+    assert main(["label", "--oracle", "late.py:score", "--output", "out.jsonl", *arguments]) == code
+    said = capsys.readouterr().err.splitlines()[-1]
+    kept = f"{2 * BLOCK} of {num + 1} pairs were answered, and {2 * BLOCK} are kept in out.jsonl.partial"
+    assert words in said and kept in said
+    assert not Path("out.jsonl").exists()
+    assert main(["label", "--oracle", "late.py:whole", "--output", "out.jsonl", *arguments]) == 0
+    assert read("out.jsonl.partial") == read()[: 2 * BLOCK]
+
+
 def options(data: str, **more: Any) -> LabelOptions:
     return LabelOptions(config=Config(), data=data, output=Path("out.jsonl"), **more)
 
@@ -144,7 +194,9 @@ def options(data: str, **more: Any) -> LabelOptions:
         (sampled(0, 0, "x"), "generate --num-samples 2"),
         ({"prompt": "p", "response_a": 1, "response_b": 2}, "no text"),
         (pair("a", "b") | {"prompt": [1, 2]}, "neither text nor lists of messages"),
-        (pair("a", "b", reference=None), "lacks text in reference"),
+        (pair("a", "b", reference=None), "lacks text in reference, in 1 of 1 pairs"),
+        (pair("a", "a"), "all have two equal answers"),
+        (sampled(0, "zero", "x"), "sample holds what is no whole number"),
     ],
 )
 def test_rows_that_are_no_pairs_are_refused(row: dict[str, Any], words: str) -> None:

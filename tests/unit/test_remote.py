@@ -240,7 +240,9 @@ def test_nobody_listens():
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     start = time.monotonic()
-    assert "cannot be reached: ConnectError" in failure(url, deadline_s=0.5)
+    said = failure(url, deadline_s=0.5)
+    assert "cannot be reached: ConnectError" in said
+    assert said.endswith("times); start it with oatlite serve-oracle, or give another --oracle-url")
     assert time.monotonic() - start < 1
 
 

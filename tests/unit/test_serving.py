@@ -4,8 +4,11 @@ import ipaddress
 import socket
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from mosec import ClientError, ValidationError
 from oatlite_cli.main import main
+from oats_feedback import read_scores, reward_body
 from small_folders import save_model
 from small_pairrm import save_pairrm
 
@@ -13,8 +16,8 @@ from oatlite.config.schema import OracleConfig
 from oatlite.errors import ConfigError, OracleError
 from oatlite.oracles import serving
 from oatlite.oracles.feedback import decode_request, decode_verdicts, encode_comparison
-from oatlite.oracles.server import answers, load
-from oatlite.oracles.server_settings import ServerSettings, WorkerSettings, environment
+from oatlite.oracles.server import Gate, answers, load, traits
+from oatlite.oracles.server_settings import NOTES, READY, ServerSettings, WorkerSettings, environment
 from oatlite.oracles.serving import Place, ServeOptions, place
 
 OPTIONS = ServeOptions(
@@ -176,6 +179,53 @@ def test_a_function_is_served(tmp_path):
     assert (verdicts.first_scores.tolist(), verdicts.second_scores.tolist()) == ([1.0], [0.0])
     with pytest.raises(OracleError, match="takes a reference"):
         answers(oracle, [decode_request(encode_comparison(["p"], ["aa"], ["a"]))])
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def score(response):\n    return 'good'\n", "returned 'good', which is no finite number"),
+        ("def score(response, reference):\n    return 1e300\n", "infinite scores"),
+        ("def score(response):\n    return {}[response]\n", "raised KeyError"),
+        ("def score(first, second):\n    return 2.0\n", "a win probability of 2"),
+    ],
+)
+def test_a_function_whose_answer_cannot_be_used_is_refused_at_the_start(tmp_path, body, words):
+    (tmp_path / "mine.py").write_text(body)
+    with pytest.raises(ConfigError, match=words) as error:
+        load(settings(f"{tmp_path / 'mine.py'}:score"))
+    assert "return None where it cannot say" in error.value.fix
+
+
+def test_who_gives_no_references_to_a_function_that_takes_them_is_refused_at_the_gate(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def prefer(first, second, reference):\n    return first == reference\n")
+    (tmp_path / f"{READY}0").write_text(traits(load(settings(f"{tmp_path / 'mine.py'}:prefer"))))
+    monkeypatch.setenv(NOTES, str(tmp_path))
+    gate = Gate()
+    with_references = encode_comparison(["p"], ["aa"], ["a"], ["a"])
+    assert gate.deserialize(with_references) == with_references
+    with pytest.raises(ValidationError, match="batch_reference"):
+        gate.deserialize(encode_comparison(["p"], ["aa"], ["a"]))
+    with pytest.raises(ValidationError, match="only compares"):
+        gate.deserialize(reward_body(["p"], ["a"]))
+
+
+def test_who_has_the_wrong_token_is_told_where_it_goes(tmp_path, monkeypatch):
+    monkeypatch.setenv(NOTES, str(tmp_path))
+    monkeypatch.setenv("OATLITE_ORACLE_TOKEN", "right")
+    with pytest.raises(ClientError, match="wrong; set OATLITE_ORACLE_TOKEN"):
+        Gate().deserialize(encode_comparison(["p"], ["aa"], ["a"], token="wrong"))
+
+
+def test_infinite_scores_are_an_error_and_missing_ones_nan(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def score(response):\n    return 1e300 if response == 'huge' else None if response == 'odd' else 1.0\n"
+    )
+    oracle = load(settings(f"{tmp_path / 'mine.py'}:score"))
+    [answer] = answers(oracle, [decode_request(reward_body(["p", "p"], ["odd", "good"]))])
+    assert np.array_equal(read_scores(answer), [np.nan, 1.0], equal_nan=True)
+    with pytest.raises(OracleError, match="infinite scores"):
+        answers(oracle, [decode_request(reward_body(["p", "p"], ["huge", "good"]))])
 
 
 def test_pairrm_is_served_and_not_split(tmp_path):
