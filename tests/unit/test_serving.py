@@ -185,7 +185,7 @@ def test_a_function_is_served(tmp_path):
     ("body", "words"),
     [
         ("def score(response):\n    return 'good'\n", "returned 'good', which is no finite number"),
-        ("def score(response, reference):\n    return 1e300\n", "infinite scores"),
+        ("def score(response, reference):\n    return 1e300\n", "no finite number"),
         ("def score(response):\n    return {}[response]\n", "raised KeyError"),
         ("def score(first, second):\n    return 2.0\n", "a win probability of 2"),
     ],
@@ -219,9 +219,12 @@ def test_who_has_the_wrong_token_is_told_where_it_goes(tmp_path, monkeypatch):
 
 def test_infinite_scores_are_an_error_and_missing_ones_nan(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def score(response):\n    return 1e300 if response == 'huge' else None if response == 'odd' else 1.0\n"
+        "from oatlite.oracles import RewardOracle\n"
+        "class Scores(RewardOracle):\n"
+        "    def score(self, prompts, responses, references=None):\n"
+        "        return [{'huge': float('inf'), 'odd': float('nan')}.get(text, 1.0) for text in responses]\n"
     )
-    oracle = load(settings(f"{tmp_path / 'mine.py'}:score"))
+    oracle = load(settings(f"{tmp_path / 'mine.py'}:Scores"))
     [answer] = answers(oracle, [decode_request(reward_body(["p", "p"], ["odd", "good"]))])
     assert np.array_equal(read_scores(answer), [np.nan, 1.0], equal_nan=True)
     with pytest.raises(OracleError, match="infinite scores"):
