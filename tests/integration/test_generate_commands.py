@@ -282,6 +282,7 @@ def test_chat_in_a_terminal_streams_and_stops(llama: Inputs) -> None:
     command = [str(OATLITE), "chat", "--model", str(llama.policy), *CPU, "--max-new-tokens", "240"]
     child, descriptor = pty.fork()
     if child == 0:
+        heed_ctrl_c()
         os.execve(command[0], command, ENVIRONMENT)
     terminal = Terminal(descriptor)
     try:
@@ -302,6 +303,19 @@ def test_chat_in_a_terminal_streams_and_stops(llama: Inputs) -> None:
         os.close(descriptor)
 
 
+def heed_ctrl_c() -> None:
+    """Tests that run in the background of a shell have Ctrl-C ignored, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def ended(started: subprocess.Popen[str]) -> tuple[str, str]:
+    """What it printed; one that does not end is killed, so that the next test finds nothing of it."""
+    try:
+        return started.communicate(timeout=30)
+    finally:
+        started.kill()
+
+
 def start_generating(inputs: Inputs, output: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [
@@ -312,6 +326,7 @@ def start_generating(inputs: Inputs, output: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
+        preexec_fn=heed_ctrl_c,
     )
 
 
@@ -342,7 +357,7 @@ def test_a_signal_leaves_nothing(llama: Inputs, tmp_path: Path, number: int, sta
     started = start_generating(llama, tmp_path / "out.jsonl")
     wait_for(stage, started)
     started.send_signal(number)
-    out, err = started.communicate(timeout=30)
+    out, err = ended(started)
     assert started.returncode == code
     told = [line for line in err.splitlines() if not line.startswith("generate: ")]
     assert out == "" and told == [f"oatlite: error: {word}"]
@@ -355,7 +370,7 @@ def test_an_engine_that_is_killed_is_told_with_its_log(llama: Inputs, tmp_path: 
     wait_for("log", started)
     [engine] = engines()
     os.kill(engine, signal.SIGKILL)
-    out, err = started.communicate(timeout=30)
+    out, err = ended(started)
     assert started.returncode == 3 and out == "" and err.count("\n") == 1
     assert f"the engine of {llama.policy} failed: its process was killed by signal 9; log: " in err
     [log] = TEMPORARY.glob("oatlite-*")
