@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from oatlite.plots import Curve
 
 ROUNDING = 1e-16  # a gap below it is none in float64
-BOTH, TABULAR, DUELING = "Experiment", "tabular", "dueling"
+EXPERIMENT, TABULAR, DUELING = "Experiment", "tabular", "dueling"
 
 
 class Experiment(StrEnum):
@@ -37,9 +37,11 @@ def bandit(
     ] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(help="independent runs; default: 20, dueling 5", min=1, rich_help_panel=BOTH, show_default=False),
+        typer.Option(
+            help="independent runs; default: 20, dueling 5", min=1, rich_help_panel=EXPERIMENT, show_default=False
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="the first of them", min=0, rich_help_panel=BOTH)] = 0,
+    seed: Annotated[int, typer.Option(help="the first of them", min=0, rich_help_panel=EXPERIMENT)] = 0,
     actions: Annotated[int, typer.Option(help="actions to choose from", min=2, rich_help_panel=TABULAR)] = 20,
     beta: Annotated[float, typer.Option(help="weight of the KL term", rich_help_panel=TABULAR)] = 3.0,
     updates: Annotated[

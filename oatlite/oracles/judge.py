@@ -30,6 +30,8 @@ TOP_LOGPROBS, FEW_LOGPROBS = 20, 5
 """Alternatives asked for: as many as OpenAI gives, and vLLM unless told otherwise; then as some endpoints allow."""
 ENOUGH_PAIRS = 4
 """If of so many no verdict can be read, something is wrong with the judge and not with a pair."""
+_SAID: set[tuple[str, str]] = set()
+"""What was said of a judge, by its address: once in a process, however many oracles ask there."""
 
 
 class JudgeOracle(PreferenceOracle):
@@ -56,7 +58,6 @@ class JudgeOracle(PreferenceOracle):
             "top_logprobs": TOP_LOGPROBS,
         }
         self._is_understood = False
-        self._said: set[str] = set()
         self.num_unreadable = 0
         self.num_too_long = 0
         endpoint = _endpoint(options.url)
@@ -184,8 +185,8 @@ class JudgeOracle(PreferenceOracle):
             )
 
     def _say_once(self, what: str, more: str) -> None:
-        if more not in self._said:
-            self._said.add(more)
+        if (self._caller.url, more) not in _SAID:
+            _SAID.add((self._caller.url, more))
             log.warning("%s; %s", what, more)
 
 

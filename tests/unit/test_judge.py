@@ -39,6 +39,12 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ports come again, and with them addresses that something was said of."""
+    monkeypatch.setattr("oatlite.oracles.judge._SAID", set())
+
+
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("oatlite.oracles.calls.FIRST_PAUSE_S", 0.01)
@@ -172,6 +178,7 @@ def test_without_log_probabilities_the_word_counts_and_that_is_said_once(caplog:
         judge = judge_at(fake)
         verdicts = judge.compare(["p", "p", "p"], ["good", "bad", "even"], ["bad", "good", "good"])
         judge.compare(["q"], ["good"], ["bad"])
+        judge_at(fake).compare(["q"], ["good"], ["bad"])  # as the one pair that is tried before a run
     assert verdicts.first_win.tolist() == [1.0, 0.0, 0.5]
     assert verdicts.is_valid.all()
     assert len(warnings_of(caplog, "no log-probabilities")) == 1
