@@ -39,16 +39,33 @@ class HeadTrainer:
         self._is_pull_fixed = is_pull_fixed
         self._buffer_size = buffer_size
         self._generator = torch.Generator().manual_seed(seed)
-        self._comparisons = torch.empty(0)
+        # A ring that grows up to its bound: comparison i lies at (start + i) mod its length.
+        self._ring = torch.empty(0, 2, head.weights[0].shape[1])
+        self._start = 0
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._comparisons)
+        return self._count
 
     def add(self, chosen: Tensor, rejected: Tensor) -> None:
         """Take in the features (B, D) of B comparisons; the oldest go where there is no room."""
-        new = torch.stack([chosen, rejected], dim=1).float()
-        held = torch.cat([self._comparisons, new]) if len(self._comparisons) else new
-        self._comparisons = held[-self._buffer_size :]
+        new = torch.stack([chosen, rejected], dim=1).float()[-self._buffer_size :]
+        needed = min(self._count + len(new), self._buffer_size)
+        if needed > len(self._ring):
+            bigger = torch.empty(min(max(2 * len(self._ring), needed), self._buffer_size), *new.shape[1:])
+            bigger[: self._count] = self._held()
+            self._ring, self._start = bigger, 0
+        self._ring[self._places(self._count + torch.arange(len(new)))] = new
+        num_gone = max(0, self._count + len(new) - len(self._ring))
+        self._start = (self._start + num_gone) % max(1, len(self._ring))
+        self._count = self._count + len(new) - num_gone
+
+    def _places(self, indices: Tensor) -> Tensor:
+        return (self._start + indices) % max(1, len(self._ring))
+
+    def _held(self) -> Tensor:
+        """All comparisons, from the oldest to the newest."""
+        return self._ring[self._places(torch.arange(self._count))]
 
     def learn(self, num_queries: int) -> dict[str, float]:
         """The steps that are due after ``num_queries`` comparisons were asked for.
@@ -62,7 +79,7 @@ class HeadTrainer:
         losses = []
         for _ in range(self._num_steps):
             drawn = torch.randperm(len(self), generator=self._generator)[:count]
-            chosen, rejected = self._comparisons[drawn].to(self.head.weights[0].device).unbind(1)
+            chosen, rejected = self._ring[self._places(drawn)].to(self.head.weights[0].device).unbind(1)
             self._optimizer.zero_grad()
             loss = head_loss(self.head, chosen, rejected, pull=pull)
             loss.backward()
@@ -82,7 +99,7 @@ class HeadTrainer:
         state = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
         for i, moments in self._optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
-        state |= {"generator": self._generator.get_state(), "comparisons": self._comparisons}
+        state |= {"generator": self._generator.get_state(), "comparisons": self._held()}
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -98,4 +115,5 @@ class HeadTrainer:
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self._generator.set_state(state["generator"])
-        self._comparisons = state["comparisons"]
+        self._ring, self._start = state["comparisons"].clone(), 0
+        self._count = len(self._ring)

@@ -115,6 +115,16 @@ def test_the_buffer_is_bounded_and_the_pull_falls_with_queries() -> None:
     assert torch.equal(held[-70:, 0], chosen + 1) and torch.equal(held[:30, 0], chosen[-30:])
 
 
+def test_the_newest_comparisons_are_held_in_their_order_however_they_came() -> None:
+    head = trainer(buffer_size=10)
+    seen = torch.arange(60.0).view(30, 2, 1).expand(-1, -1, 4)
+    for start, end in ((0, 3), (3, 4), (4, 11), (11, 11), (11, 20), (20, 30)):
+        head.add(*seen[start:end].unbind(1))
+        assert torch.equal(head.state()["comparisons"], seen[max(0, end - 10) : end])
+    head.add(*seen.unbind(1))
+    assert torch.equal(head.state()["comparisons"], seen[-10:])
+
+
 def trainer_with(chosen: torch.Tensor, rejected: torch.Tensor, **options) -> HeadTrainer:
     head = trainer(**options)
     head.add(chosen, rejected)
@@ -123,9 +133,10 @@ def trainer_with(chosen: torch.Tensor, rejected: torch.Tensor, **options) -> Hea
 
 def test_a_restored_trainer_goes_on_as_the_one_that_never_stopped() -> None:
     chosen, rejected = torch.randn(2, 200, 4, generator=torch.Generator().manual_seed(0))
-    whole = trainer_with(chosen, rejected)
+    whole = trainer_with(chosen, rejected, buffer_size=150)
+    whole.add(chosen[:40], rejected[:40])  # around the end of the ring
     whole.learn(200)
-    stopped = trainer()
+    stopped = trainer(buffer_size=150)
     stopped.restore(copy.deepcopy(whole.state()))
     assert stopped.learn(200) == whole.learn(200)
     assert torch.equal(stopped.head(chosen), whole.head(chosen))
