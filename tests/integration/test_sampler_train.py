@@ -10,7 +10,7 @@ from runs import Inputs, leftovers, read_lines, train
 COMMON = ("--max-prompts", "32", "--eval-every", "99", "--eval-prompts", "0", "--lr", "0.01")
 
 RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
-    "hybrid": (("--algo", "dpo", "--sampler", "hybrid"), {"policy", "reference"}),
+    "reference": (("--algo", "dpo", "--sampler", "reference"), {"reference"}),
     "mixture": (("--algo", "simpo", "--sampler", "mixture"), {"mixture-plus", "mixture-minus"}),
     "xpo": (("--algo", "xpo", "--set", "algorithm.alpha=0.01"), {"policy", "reference"}),
     "mixture, adapter": (
