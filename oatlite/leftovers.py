@@ -69,7 +69,7 @@ def find() -> Leftovers:
     processes, alive = _processes()
     alive |= {process.run_id for process in processes if process.is_led()}
     bases = {socket_base(), Path(tempfile.gettempdir()), Path("/tmp")} | {p.folder.parent for p in processes}
-    folders = [(path, run) for path, run in _named(_FOLDER, bases) if path.is_dir() and not path.is_symlink()]
+    folders = [(path, run) for path, run in _named(_FOLDER, bases) if path.is_dir()]
     alive |= {run for path, run in folders if _is_held(path)}
     segments = [path for path, run in _named(_WEIGHTS, [SHARED_MEMORY]) if run not in alive and not _is_held(path)]
     # A semaphore has no lock of its own: it is judged only where the folder of its run shows that the run is dead.
@@ -119,7 +119,7 @@ def _claimed(path: Path) -> Iterator[bool]:
     """Whether nobody holds ``path``, which then nobody can take for the length of the block."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:  # gone, or a link
+    except OSError:  # gone, or a link, which no run makes
         yield False
         return
     try:

@@ -1,4 +1,4 @@
-"""``oatlite doctor`` as a person starts it, beside real runs: some whose launcher and reaper were killed, some alive."""
+"""``oatlite doctor`` as a person starts it, beside real runs: some that were killed with their reaper, some alive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,15 @@ OWNER = """
     time.sleep(600)
 """
 
+WRITER = """
+    import secrets, time
+    from oatlite.weights import ShmBuffer
+
+    buffer = ShmBuffer(1 << 20, secrets.token_hex(6))
+    print(buffer.handle("").segment, flush=True)
+    time.sleep(600)
+"""
+
 READER = """
     import sys, time
     from oatlite.messages import ShmHandle
@@ -75,8 +84,8 @@ class Runs:
         self._processes: list[subprocess.Popen[str]] = []
         self._started: list[dict[str, Any]] = []
 
-    def start(self) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-        process = self._python(OWNER)
+    def start(self, *wrapper: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+        process = self._python(OWNER, wrapper=wrapper)
         assert process.stdout is not None
         run = json.loads(process.stdout.readline())
         self._started.append(run)
@@ -88,6 +97,12 @@ class Runs:
         assert reader.stdout is not None
         assert reader.stdout.readline() == "open\n"
 
+    def start_writer(self) -> tuple[subprocess.Popen[str], Path]:
+        """A process with a segment, of a run that nothing else here tells of, as in another container."""
+        writer = self._python(WRITER)
+        assert writer.stdout is not None
+        return writer, SHM / writer.stdout.readline().strip()
+
     def start_dead(self) -> dict[str, Any]:
         """A run whose reaper and launcher were killed, in that order, so that nobody cleaned up."""
         process, run = self.start()
@@ -96,8 +111,8 @@ class Runs:
         process.wait(SOON_S)
         return run
 
-    def _python(self, script: str, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    def _python(self, script: str, *arguments: str, wrapper: Sequence[str] = ()) -> subprocess.Popen[str]:
+        command = [*wrapper, sys.executable, "-c", textwrap.dedent(script), *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=self.environment)
         self._processes.append(process)
         return process
@@ -202,14 +217,39 @@ def test_a_segment_that_is_still_read_stays(runs: Runs) -> None:
     assert left_of(run) == {"segment"}
 
 
-def test_the_launcher_is_found_where_its_process_sees_its_folder(runs: Runs, temporary: Path) -> None:
-    """The run's temporary files lie in another folder than the doctor's, and its reaper is dead."""
+def test_a_segment_goes_by_its_own_lock_where_nothing_is_seen_of_its_run(runs: Runs) -> None:
+    writer, segment = runs.start_writer()
+    try:
+        clean_only(runs)
+        assert segment.stat().st_size == 1 << 20
+        writer.kill()
+        writer.wait(SOON_S)
+        clean_only(runs)
+        assert not segment.exists()
+    finally:
+        segment.unlink(missing_ok=True)
+
+
+def test_temporary_files_may_lie_elsewhere(runs: Runs, temporary: Path) -> None:
+    """The run's lie in another folder than the doctor's, and its reaper is dead."""
     _, run = runs.start()
     kill_reaper(run)
     (temporary / "other").mkdir()
     runs.environment["TMPDIR"] = str(temporary / "other")
     clean_only(runs)
     assert left_of(run) == ALL
+
+
+def test_a_run_in_a_container_is_seen_as_its_processes_see_it(runs: Runs, temporary: Path) -> None:
+    """In a mount namespace of its own, its folder lies where the doctor has none, and its reaper is dead."""
+    wrapper = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {temporary} && exec "$@"', "sh")
+    if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces for this user")
+    _, run = runs.start(*wrapper)
+    kill_reaper(run)
+    clean_only(runs)
+    assert left_of(run) == ALL - {"private_dir"}
+    assert Path(f"/proc/{run['worker']}/root{run['private_dir']}").is_dir()
 
 
 def test_a_dying_launcher_is_left_to_its_reaper(runs: Runs) -> None:
