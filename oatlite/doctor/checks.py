@@ -132,8 +132,8 @@ def _free_gpus(gpus: Sequence[GpuState], used: Sequence[int]) -> str:
 def check_driver(machine: Machine) -> Finding:
     if not machine.num_gpus:
         return Finding("driver", "skipped", "not checked: no GPU")
-    runs = f"CUDA {machine.driver_cuda[0]}.{machine.driver_cuda[1]}" if machine.driver_cuda else "unknown CUDA"
-    detail = f"{machine.driver or 'unknown'}, runs {runs}"
+    runs = ".".join(map(str, machine.driver_cuda)) if machine.driver_cuda else "of a version that it does not tell"
+    detail = f"{machine.driver or 'version unknown'}, runs CUDA {runs}"
     built = machine.torch.cuda if machine.torch is not None else None
     if built is None:
         return Finding("driver", "ok", detail)
@@ -146,7 +146,7 @@ def check_driver(machine: Machine) -> Finding:
 
 def check_peers(machine: Machine) -> Finding:
     if machine.torch is None or len(machine.torch.devices) < 2:
-        why = "no GPU" if not machine.num_gpus else "torch did not answer" if machine.torch is None else "one GPU"
+        why = "one GPU" if len(machine.gpus) == 1 else "torch does not see them" if machine.gpus else "no GPU"
         return Finding("peer-access", "skipped", f"not checked: {why}")
     if not machine.torch.apart:
         return Finding("peer-access", "ok", f"each of {len(machine.torch.devices)} GPUs reaches the others")

@@ -87,5 +87,5 @@ def finding(name: str, told: Mapping[str, Any] | None, view: TorchView | None, b
     if told is not None:
         return Finding(name, "ok", told["detail"])
     if view is not None and not view.devices and name == "weights-cuda-ipc":
-        return Finding(name, "skipped", "not checked: no GPU")
+        return Finding(name, "skipped", "not checked: no GPU that torch sees")
     return Finding(name, "problem", broken, f"{sys.executable} -m pip check, and mend what it names")

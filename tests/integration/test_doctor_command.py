@@ -310,7 +310,7 @@ def test_transports_are_tried_and_leave_nothing(runs: Runs, temporary: Path) -> 
     code, seen = doctor(runs, "--run-dir", str(temporary))
     assert seen["messages"]["status"] == "ok" and "4 MiB there and back" in seen["messages"]["detail"]
     assert seen["weights-shm"]["status"] == "ok" and "8 MiB in 3 buckets" in seen["weights-shm"]["detail"]
-    assert seen["weights-cuda-ipc"]["detail"] == "not checked: no GPU"
+    assert seen["weights-cuda-ipc"]["detail"] == "not checked: no GPU that torch sees"
     assert str(temporary) in seen["disk"]["detail"]
     problems = [finding for finding in seen.values() if finding["status"] == "problem"]
     assert (code == 0) == (not problems)

@@ -231,6 +231,25 @@ def test_what_is_well_says_what_was_seen(name: str, changes: dict[str, Any], det
     assert detail in finding.detail
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (WITHOUT_GPU, "no GPU"),
+        ({"gpus": SOUND.gpus[:1], "torch": TORCH._replace(devices=TORCH.devices[:1])}, "one GPU"),
+        ({"torch": None}, "torch does not see them"),
+        ({"torch": TORCH._replace(devices=())}, "torch does not see them"),
+    ],
+)
+def test_peer_access_is_skipped_for_a_reason(changes: dict[str, Any], why: str) -> None:
+    assert found("peer-access", **changes) == Finding("peer-access", "skipped", f"not checked: {why}")
+
+
+def test_a_driver_that_tells_nothing_is_no_problem() -> None:
+    finding = found("driver", driver=None, driver_cuda=None)
+    assert finding.status == "ok"
+    assert finding.detail.startswith("version unknown, runs CUDA of a version that it does not tell")
+
+
 def test_a_folder_that_is_not_installed_is_a_problem() -> None:
     assert found("packages", packages=()).status == "problem"
 
