@@ -41,6 +41,12 @@ METHODS: dict[str, list[str]] = {
 }
 
 
+PANELS = {
+    "which pair is asked about": ("passive", "sea-bai", "sea-ee", "uncertainty", "mixed", "ee4llm", "apl"),
+    "whom a pair is sampled from": ("passive", "reference", "hybrid", "mixture", "xpo"),
+}
+
+
 def run(method: str, seed: int, queries: int, folder: Path) -> dict[str, Any]:
     """The evaluations of one run, from its folder if it is there already."""
     kept = folder / f"{method}-{seed}-{queries}.json"
@@ -116,8 +122,10 @@ def main() -> int:
         ]
         print(method.ljust(12), *(cell.rjust(18) for cell in cells), flush=True)
     write_table(given.folder / "exploration.csv", curves, "queries")
-    draw(given.folder / "exploration", {"demo": curves}, x_name="oracle queries", y_name="win rate on held-out prompts")
-    print(machine())
+    panels = {title: {name: curves[name] for name in names if name in curves} for title, names in PANELS.items()}
+    labels = {"x_name": "oracle queries", "y_name": "win rate on held-out prompts"}
+    pictures = draw(given.folder / "exploration", panels, **labels, y_limits=(0.0, 1.0))
+    print(machine(), *pictures, sep="\n")
     print(save("exploration", goal=GOAL, queries=given.queries, seeds=given.seeds, rows=rows))
     return 0
 

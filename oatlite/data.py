@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from oatlite.config.schema import DataConfig
+from oatlite.config.schema import PROMPT, DataConfig
 from oatlite.errors import ConfigError
 from oatlite.sources import find_local, first_line, load_rows
 
@@ -223,7 +223,7 @@ class _Reader:
                     num_dropped += 1
                 elif text not in leave_out:
                     texts.append(text)
-                    raw_texts.append(prompt if isinstance(prompt, str) else raw_text(prompt))
+                    raw_texts.append(self._raw(prompt))
                     tokens.append(np.asarray(ids, np.int32))
                     kept.append(int(row))
         prompt_set = PromptSet(
@@ -243,6 +243,9 @@ class _Reader:
 
     def _text(self, prompt: Any, row: np.int64) -> str:
         where = f"row {row} of split {self.split} of {self.data.prompts}"
+        template = self.data.prompt_template
+        if template is not None and (isinstance(prompt, str) or is_conversation(prompt)):
+            return in_template(template, prompt if isinstance(prompt, str) else prompt[0]["content"])
         if not self.data.chat_template:
             if isinstance(prompt, str):
                 return prompt
@@ -256,6 +259,11 @@ class _Reader:
         if messages[-1]["role"] == "assistant":
             raise ConfigError(f"{where}: the conversation ends with the assistant", "name a column without answers")
         return render(self.tokenizer, messages, where, awaits_answer=True)
+
+    def _raw(self, prompt: str | list[dict[str, str]]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return raw_text(prompt[:1] if self.data.prompt_template is not None else prompt)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # A templated text brings its special tokens along; adding them again would give two BOS.
@@ -285,6 +293,12 @@ class _Reader:
     def _no_column(self, key: str, option: str) -> ConfigError:
         columns = ", ".join(self.rows.column_names)
         return ConfigError(f"{self.data.prompts} has no column {key}", f"set {option} to one of: {columns}")
+
+
+def in_template(template: str, prompt: str) -> str:
+    """``prompt`` where ``template`` says {prompt}; its other braces stay as they are."""
+    before, _, after = template.partition(PROMPT)
+    return before + prompt + after
 
 
 def is_conversation(value: Any) -> bool:

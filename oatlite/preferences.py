@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from oatlite.config.flags import to_type
 from oatlite.config.schema import DataConfig
-from oatlite.data import READ_ROWS, TokenIds, fixed_order, is_conversation, load_rows, raw_text, render
+from oatlite.data import READ_ROWS, TokenIds, fixed_order, in_template, is_conversation, load_rows, raw_text, render
 from oatlite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -170,9 +170,8 @@ class _Reader:
             return _Texts(str(prompt or ""), "", "", ("", "", ""), margin)  # counted among those left out
         if isinstance(chosen, str) and isinstance(rejected, str):
             if isinstance(prompt, str) and not data.chat_template:
-                return _Texts(
-                    prompt, chosen, rejected, (prompt, _join(prompt, chosen), _join(prompt, rejected)), margin
-                )
+                whole = prompt if data.prompt_template is None else in_template(data.prompt_template, prompt)
+                return _Texts(prompt, chosen, rejected, (whole, _join(whole, chosen), _join(whole, rejected)), margin)
             if prompt is None:
                 raise ConfigError(
                     f"{data.preferences} has answers without a prompt, as text",

@@ -29,7 +29,7 @@ from oatlite.config.keys import (
     unknown_section,
 )
 from oatlite.config.resolve import DEMO, num_steps, resolve, resolve_inference
-from oatlite.config.schema import Config
+from oatlite.config.schema import PROMPT, Config
 from oatlite.errors import ConfigError
 from oatlite.hardware import gpu_names
 
@@ -262,6 +262,7 @@ def _validate(merged: Layer) -> Config:
 
 
 def _check_task(config: Config) -> None:
+    _check_template(config)
     if config.rollout.offline:
         _check_offline_task(config)
         return
@@ -272,6 +273,22 @@ def _check_task(config: Config) -> None:
         raise ConfigError(f"{given} is given and {other} is not", "give both, or neither for a preset")
     if not config.oracle.path:
         raise ConfigError("no oracle is given", "add --oracle REWARD_MODEL (a folder or a hub id)")
+
+
+def _check_template(config: Config) -> None:
+    template = config.data.prompt_template
+    if template is None:
+        return
+    if config.data.chat_template:
+        raise ConfigError(
+            "data.prompt_template and data.chat_template are both given, and a prompt has one template",
+            f"type {to_type('data.chat_template', False)}",
+        )
+    if template.count(PROMPT) != 1:
+        raise ConfigError(
+            f"data.prompt_template = {template!r} does not say {PROMPT} once, where the prompt goes",
+            f"type {to_type('data.prompt_template', 'Question: {prompt} Answer:')}",
+        )
 
 
 def _check_exploration(merged: Layer) -> None:

@@ -13,6 +13,8 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, P
 from oatlite.config.algorithms import AlgorithmConfig, SimPOConfig
 from oatlite.config.section import Probability, Section
 
+PROMPT = "{prompt}"
+"""Where the prompt goes in ``data.prompt_template``."""
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -71,6 +73,11 @@ class DataConfig(Section):
         None, description="offline: column of the better answer's reward minus the worse one's, for kl and rev_kl"
     )
     chat_template: bool = Field(False, description="wrap each prompt in the tokenizer's chat template")
+    prompt_template: str | None = Field(
+        None,
+        description="text around each prompt, with {prompt} in its place, for a model without a chat template; of a "
+        "conversation its first message",
+    )
     max_prompt_tokens: PositiveInt = Field(512, description="longer prompts are dropped, and counted")
     max_response_tokens: PositiveInt = Field(
         1024, description="offline: pairs with a longer answer are dropped, and counted"

@@ -177,7 +177,7 @@ class Experience:
             rollouts.means[f"head/{name}"] = Mean(value, 1.0)
         if self._config.explore.self_label_ratio:
             rollouts.means["self_labelled"] = Mean(float(choice.is_self_labelled.sum()), len(first_wins))
-        rollouts.head_s = time.perf_counter() - start
+        rollouts.head_s = choice.head_seconds + time.perf_counter() - start
         if self._config.explore.head_only:
             rollouts.pairs.clear()
 

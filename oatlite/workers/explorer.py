@@ -6,6 +6,7 @@ rank takes the same steps on them, so that heads stay equal without being sent a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,12 +38,14 @@ HEADER_BYTES = 4 * 8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """The duels of a rank's step. Those that the head labels itself (``is_self_labelled``, (B,)) are won by their
-    first candidate; ``features`` (B, 2, D) are of both candidates of each duel, where there is a head."""
+    first candidate; ``features`` (B, 2, D) are of both candidates of each duel, where there is a head. ``seconds``
+    went into encoding, and ``head_seconds`` into what the head makes of it."""
 
     duels: list[Duel]
     is_self_labelled: Bool
     features: Float32 | None
     seconds: float
+    head_seconds: float = 0.0
 
 
 class Explorer:
@@ -62,6 +65,7 @@ class Explorer:
         A prompt whose duel would be one candidate against itself is left out.
         """
         features, seconds = self._features(sets)
+        start = time.perf_counter()
         rewards = self._rewards(features)
         options = self._config.explore
         duels = select(rewards, options, self._draws(SELECT_DRAWS, step))
@@ -74,6 +78,7 @@ class Explorer:
             is_self_labelled=own.is_there[kept],
             features=np.stack([features[kept, first[kept]], features[kept, second[kept]]], axis=1),
             seconds=seconds,
+            head_seconds=time.perf_counter() - start,
         )
 
     def best(self, sets: Sequence[CandidateSet]) -> list[int]:

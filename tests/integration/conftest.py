@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "unit"), str(ROOT / "benchmarks")]
 
 from runs import Inputs, Run, train  # noqa: E402
+from small_demo import SMALL_DEMO  # noqa: E402
 from small_folders import save_model  # noqa: E402
+
+from oatlite.demo.build import ensure_demo  # noqa: E402
 
 # Big enough for vLLM's attention kernels, small enough to start at once.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
@@ -48,6 +51,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 @pytest.fixture(scope="session")
 def neox(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return make_inputs(tmp_path_factory.mktemp("neox"), "neox")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """The demo's own task and how it makes its models, small; it has no pairs."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        paths = ensure_demo(lambda *_: None, SMALL_DEMO)
+    return Inputs(
+        policy=paths.policy, reward_model=paths.reward_model, prompts=paths.prompts, preferences=folder / "none"
+    )
 
 
 @pytest.fixture(scope="session")

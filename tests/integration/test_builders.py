@@ -10,10 +10,11 @@ import pytest
 import torch
 from oatlite_cli.main import main
 from safetensors.torch import load_file
+from small_demo import SMALL_DEMO
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from oatlite.continuations import encode
-from oatlite.demo.build import Recipe, cache_root, ensure_demo
+from oatlite.demo.build import cache_root, ensure_demo
 from oatlite.errors import ConfigError
 from oatlite.reward_loss import EncodedRanking, bradley_terry, can_share_prompts
 from oatlite.reward_modeling import rank_pairs, rank_references
@@ -212,15 +213,12 @@ def test_prefixes_of_unequal_texts_alone_leave_the_plain_loss() -> None:
 # The demo, at a hundredth of its size
 
 
-SMALL_DEMO = Recipe(num_train=6, num_test=3, hidden_size=64, num_layers=1, policy_rows=60, reward_posts=20)
-
-
 def test_demo_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     stages: set[str] = set()
     paths = ensure_demo(lambda stage, *_: stages.add(stage), SMALL_DEMO)
     assert stages == {"policy", "reward model"}
-    for split, num in (("train", 6), ("test", 3)):
+    for split, num in (("train", SMALL_DEMO.num_train), ("test", SMALL_DEMO.num_test)):
         rows = [json.loads(line) for line in (paths.prompts / f"{split}.jsonl").read_text().splitlines()]
         assert [set(row) for row in rows] == [{"prompt", "reference"}] * num
     AutoModelForCausalLM.from_pretrained(paths.policy)

@@ -13,10 +13,10 @@ SMALL = ("--num-candidates", "4", "--set", "explore.members=5", "--set", "explor
 
 
 @pytest.fixture(scope="module")
-def explored(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def explored(demo: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("explored") / "sea"
     own_pairs = ("--set", "explore.self_label_ratio=0.25", "--set", "explore.burn_in=1")
-    return train(llama, folder, "--algo", "dpo", "--explore", "sea-bai", *SMALL, *own_pairs, "--best-of-n", "2")
+    return train(demo, folder, "--algo", "dpo", "--explore", "sea-bai", *SMALL, *own_pairs, "--best-of-n", "2")
 
 
 def test_a_run_with_sea_asks_about_chosen_pairs_and_learns_a_head(explored: Run) -> None:
@@ -34,9 +34,9 @@ def test_a_run_with_sea_asks_about_chosen_pairs_and_learns_a_head(explored: Run)
     assert [record["step"] for record in explored.records("eval")] == [0, 2, 3]
 
 
-def test_active_preference_learning_asks_about_a_part_of_the_prompts(llama: Inputs, tmp_path: Path) -> None:
+def test_active_preference_learning_asks_about_a_part_of_the_prompts(demo: Inputs, tmp_path: Path) -> None:
     shares = ("--set", "explore.entropy_share=0.75", "--set", "explore.certainty_share=0.5")
-    run = train(llama, tmp_path / "apl", "--algo", "simpo", "--explore", "apl", "--num-candidates", "3", *shares)
+    run = train(demo, tmp_path / "apl", "--algo", "simpo", "--explore", "apl", "--num-candidates", "3", *shares)
     assert run.exit_code == 0, run.output
     pairs = read_lines(run.folder / "samples.jsonl")
     assert len(pairs) == 3 * 6, "a half of three quarters of 16"
@@ -44,10 +44,10 @@ def test_active_preference_learning_asks_about_a_part_of_the_prompts(llama: Inpu
     assert run.records("step")[-1]["trained_pairs"] > 0
 
 
-def test_two_ranks_hold_the_same_head_and_pairrm_gives_features(llama: Inputs, tmp_path: Path) -> None:
+def test_two_ranks_hold_the_same_head_and_pairrm_gives_features(demo: Inputs, tmp_path: Path) -> None:
     encoder = save_pairrm(tmp_path / "pairrm")[0]
     more = ("--set", f"explore.encoder={encoder}", "--set", "explore.head_only=true", "--save-every", "2")
-    run = train(llama, tmp_path / "two", "--explore", "sea-ee", *SMALL, *more, "--learners", "2", "--actors", "2")
+    run = train(demo, tmp_path / "two", "--explore", "sea-ee", *SMALL, *more, "--learners", "2", "--actors", "2")
     assert run.exit_code == 0, run.output
     steps = run.records("step")
     assert [record["trained_pairs"] for record in steps] == [0, 0, 0]

@@ -117,9 +117,18 @@ def test_two_actors_sample_the_same_responses(one_by_one: Run, two_actors: Run) 
 
 
 def test_two_ranks_with_two_actors_learn_what_one_does(one_by_one: Run, llama: Inputs, tmp_path: Path) -> None:
-    run = train(llama, tmp_path / "two-by-two", "--algo", "simpo", "--actors", "2", "--learners", "2")
+    """The budget of this one ends within its third step: of nine prompts one rank gets five, the other four."""
+    two_by_two = ("--actors", "2", "--learners", "2", "--max-queries", "41")
+    run = train(llama, tmp_path / "two-by-two", "--algo", "simpo", *two_by_two)
     assert run.exit_code == 0, run.output
-    for one, two in zip(one_by_one.records("step"), run.records("step"), strict=True):
+    steps = run.records("step")
+    assert len(steps) == 3
+    pairs = [pair for pair in read_lines(run.folder / "samples.jsonl") if pair["step"] == 3]
+    assert len(pairs) == 41 - steps[1]["queries"] < 16
+    asked = sum(pair["chosen"] != pair["rejected"] for pair in pairs)
+    assert steps[2]["queries"] == steps[1]["queries"] + asked <= 41
+    assert steps[2]["trained_pairs"] == sum(pair["is_trainable"] for pair in pairs) > 0
+    for one, two in zip(one_by_one.records("step")[:2], steps[:2], strict=True):
         assert two["queries"] == one["queries"]
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
         assert two["reward"] == pytest.approx(one["reward"], rel=1e-2)

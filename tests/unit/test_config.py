@@ -47,17 +47,50 @@ def toml(text: str) -> Path:
 
 def test_every_shipped_preset_loads() -> None:
     assert preset_names() == [
-        *("demo", "tldr", "tldr-apl", "tldr-dpo-judge", "tldr-dpo-remote", "tldr-dpo-remote-6.9b", "tldr-dpo-sea"),
-        *("tldr-ee4llm", "tldr-offline", "tldr-sea"),
+        *(
+            "demo",
+            "gshf",
+            "mixp",
+            "online",
+            "ref",
+            "tldr",
+            "tldr-apl",
+            "tldr-dpo-judge",
+            "tldr-dpo-remote",
+            "tldr-dpo-remote-6.9b",
+            "tldr-dpo-sea",
+        ),
+        *("tldr-ee4llm", "tldr-offline", "tldr-sea", "tldr-xpo"),
     ]
     for name in preset_names():
         planned = resolved(8, preset=name)
-        assert gradient_steps(planned, 1) == (0 if name == "tldr-ee4llm" else 1), name
+        expected = {"tldr-ee4llm": 0} | dict.fromkeys(("gshf", "mixp", "online", "ref"), 48)
+        assert gradient_steps(planned, 1) == expected.get(name, 1), name
     assert resolved(8, preset="tldr-dpo-judge").data.max_prompts == 50000, "what it does not change is its base's"
     assert resolved(8, preset="tldr-sea").algorithm.name == "simpo"
     assert num_steps(resolved(8, preset="tldr-apl")) == 4 * (100000 // 1024), "128 queries each"
     assert num_steps(resolved(preset="demo")) == 1536 // 64
     assert num_steps(resolved(2, preset="tldr")) == 50000 // 128
+
+
+def test_the_presets_of_the_samplers_differ_in_the_sampler() -> None:
+    presets = {name: resolved(4, preset=name) for name in ("ref", "online", "gshf", "mixp")}
+    samplers = {name: config.rollout.sampler for name, config in presets.items()}
+    assert samplers == {"ref": "reference", "online": "policy", "gshf": "hybrid", "mixp": "mixture"}
+    online = presets["online"]
+    for config in presets.values():
+        same = config.rollout.model_copy(update={"sampler": "policy"})
+        assert config.model_copy(update={"rollout": same, "run": online.run}) == online
+    steps_of_iteration = online.rollout.sync_every
+    assert num_steps(online) == 3 * steps_of_iteration
+    assert sum(gradient_steps(online, step) for step in range(1, 1 + steps_of_iteration)) == 1200
+
+
+def test_a_template_that_cannot_be_used() -> None:
+    assert "--set" in refused(sets=["data.prompt_template=Answer:"])
+    assert "{prompt} once" in refused(sets=["data.prompt_template=Q {prompt} {prompt}"])
+    both = refused(sets=["data.prompt_template=Q: {prompt}"], flags={"data.chat_template": True})
+    assert "both given" in both and "--no-chat-template" in both
 
 
 def test_a_list_can_be_given_on_the_command_line() -> None:

@@ -241,6 +241,18 @@ def test_conversations(tmp_path):
     refused(lambda: prompts_of(answered, 0, chat, chat_template=True), "ends with the assistant")
 
 
+def test_a_template_of_ones_own_goes_around_the_prompt_and_not_into_what_the_oracle_reads(tmp_path):
+    turns = [{"role": "user", "content": "{hi}"}, {"role": "assistant", "content": "yo"}]
+    rows = [{"prompt": turns}]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    prompts, _ = prompts_of(source, prompt_template="{x} Q: {prompt}\nA:")
+    assert prompts.texts == ["{x} Q: {hi}\nA:"]
+    assert prompts.raw_texts == ["{hi}"]
+    assert byte_tokenizer().decode(prompts.tokens[0]) == prompts.texts[0]
+    plain, _ = prompts_of(write_jsonl(tmp_path / "b.jsonl", ROWS[:1]), prompt_template="<{prompt}>")
+    assert (plain.texts, plain.raw_texts) == (["<say 000>"], ["say 000"])
+
+
 def test_epoch_orders_are_permutations_by_seed_and_epoch():
     orders = {(epoch, seed): epoch_order(50, epoch, seed) for epoch in (0, 1) for seed in (0, 1)}
     for order in orders.values():

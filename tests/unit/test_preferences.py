@@ -59,6 +59,12 @@ def test_answers_follow_their_prompt_as_a_policy_would_write_them(tmp_path: Path
     assert all(tokens.dtype == np.int32 for tokens in pairs.chosen_tokens)
 
 
+def test_a_template_of_ones_own_goes_around_the_prompt(tmp_path: Path) -> None:
+    pairs, _ = load(tmp_path, [row()], prompt_template="Q: {prompt} A:")
+    assert text(pairs.prompt_tokens[0]) == "Q: Why? A:"
+    assert (text(pairs.chosen_tokens[0]), pairs.prompts) == (" Because.<eos>", ["Why?"])
+
+
 def test_rows_that_cannot_be_trained_on_are_counted(tmp_path: Path) -> None:
     unusable = [
         row(chosen=""),

@@ -15,7 +15,8 @@ import torch
 from oatlite.algorithms import build_algorithm
 from oatlite.config.algorithms import DPOConfig, SimPOConfig, XPOConfig
 from oatlite.config.load import load_config, resolve
-from oatlite.engine import REFERENCE_CACHE_BYTES, Engine, EngineOptions, State
+from oatlite.engine import Engine, EngineOptions, State
+from oatlite.engine.mixing import REFERENCE_CACHE_BYTES, waves
 from oatlite.errors import ConfigError
 from oatlite.lora import AdapterOptions
 from oatlite.maths.samplers import mixed_logprobs
@@ -306,17 +307,13 @@ def test_a_sampler_that_the_engine_was_not_started_for_is_refused() -> None:
 
 
 def test_mixtures_go_in_waves_that_fit_the_references_cache() -> None:
-    class Follows:
-        cache_bytes_per_token = REFERENCE_CACHE_BYTES // 100
-
-    engine = LoadsNothing(frozenset(SAMPLERS))
     indices = list(range(10, 20))
     is_mixed = [True, False, True, True, False, True, True, True, True, False]
-    engine._reference = Follows()  # type: ignore[assignment]
-    assert list(engine._waves(indices, is_mixed, 30)) == [[10, 11, 12, 13, 14], [15, 16, 17], [18, 19]]
-    assert list(engine._waves(indices, is_mixed, 1000)) == [[10, 11], [12], [13, 14], [15], [16], [17], [18, 19]]
-    assert list(engine._waves(indices, [False] * 10, 1000)) == [indices]
-    assert list(engine._waves([], [], 1000)) == []
+    third, more = REFERENCE_CACHE_BYTES // 3, 2 * REFERENCE_CACHE_BYTES
+    assert list(waves(indices, is_mixed, third)) == [[10, 11, 12, 13, 14], [15, 16, 17], [18, 19]]
+    assert list(waves(indices, is_mixed, more)) == [[10, 11], [12], [13, 14], [15], [16], [17], [18, 19]]
+    assert list(waves(indices, [False] * 10, more)) == [indices]
+    assert list(waves([], [], more)) == []
 
 
 def test_an_engine_with_an_adapter_has_its_base_as_reference_alone() -> None:

@@ -1,4 +1,4 @@
-"""The only module that knows vLLM: an engine inside this process that samples, and takes new weights while running.
+"""The only package that knows vLLM: an engine inside this process that samples, and takes new weights while running.
 
 The engine is a state machine of two states. ``READY`` generates; ``LOADING`` takes weights, bucket by bucket, and
 refuses to generate until the update is complete. An engine that fails while loading is tainted for good: half of its
@@ -11,15 +11,12 @@ copy in host memory. That costs two reloads a request (0.7 s each for 326 MiB on
 host memory, and nothing on the device, where a second engine would want as much memory again and a second cache. It
 generates at vLLM's speed, but in two batches one after the other.
 
-Responses of a **mixture** need both models at each token. The reference then stands beside the engine as a Hugging
-Face model with a cache of its own (:mod:`oatlite.next_token`), and what it says is mixed in before vLLM's sampler sees
-the logits: so temperature, top-p and seeds act on the mixture, and its log-probabilities are what is reported.
+Responses of a **mixture** need both models at each token: :mod:`oatlite.engine.mixing`.
 """
 
 from __future__ import annotations
 
 import enum
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +28,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from oatlite.engine.mixing import MIXTURE, mix_in, mixing_arguments, waves
+from oatlite.engine.options import EngineOptions, engine_arguments, prepare_environment
+from oatlite.engine.reload import begin_reload, finish_reload, release
 from oatlite.errors import ConfigError, WorkerDied
 from oatlite.lora import AdapterOptions, write_adapter
 from oatlite.samplers import MIXTURES, coefficients
@@ -41,41 +41,9 @@ if TYPE_CHECKING:
     from oatlite.next_token import NextTokens
 
 
+__all__ = ["Engine", "EngineOptions", "Sample", "State"]
+
 WARM_UP_TOKENS = 4
-MIXTURE = "oatlite-mixture"  # what tells a request's coefficients to its logits processor
-REFERENCE_CACHE_BYTES = 4 << 30  # of the reference beside the engine; more requests at once than fit wait for others
-ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM makes room for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """How to start the engine. ``max_model_len`` counts prompt and response tokens together.
-
-    With an ``adapter``, the weights that come are that adapter's alone, for the model at ``path``. ``samplers`` are
-    those that may be asked for; those beside the policy need a ``reference``, a path too.
-    """
-
-    path: str
-    dtype: str
-    max_model_len: int
-    seed: int
-    device: str
-    gpu_memory_utilization: float
-    kv_cache_gib: float
-    threads: int
-    trust_remote_code: bool = False
-    adapter: AdapterOptions | None = None
-    samplers: frozenset[str] = frozenset({"policy"})
-    reference: str | None = None
-    mixture_weight: float = 0.5
-
-    @property
-    def mixes(self) -> bool:
-        return bool(self.samplers & MIXTURES)
-
-    @property
-    def swaps(self) -> bool:
-        return "reference" in self.samplers and self.adapter is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,22 +63,6 @@ class State(enum.Enum):
     TAINTED = "tainted"
 
 
-def _prepare_environment(options: EngineOptions) -> None:
-    """vLLM reads these when it is imported. One process, no helpers of its own, nothing sent anywhere."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ["VLLM_DO_NOT_TRACK"] = "1"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if options.mixes:
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its logits processors have another interface
-    if options.device == "cpu":
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(options.kv_cache_gib)))
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)
-        # Two small functions of its sampler would be compiled: seconds at start, and a C++ compiler needed.
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
-
-
 class Engine:
     """A vLLM engine in the calling process.
 
@@ -124,34 +76,10 @@ class Engine:
                 f"an engine with an adapter samples from no other reference than its base {options.path}",
                 "type --set lora.sync=merged",
             )
-        _prepare_environment(options)
+        prepare_environment(options)
         from vllm import LLM
 
-        arguments: dict[str, Any] = {
-            "model": options.path,
-            "dtype": options.dtype,
-            "seed": options.seed % 2**31,
-            "max_model_len": options.max_model_len,
-            "trust_remote_code": options.trust_remote_code,
-            "distributed_executor_backend": "uni",
-            "enable_prefix_caching": True,
-            # A seeded request whose prefill is split raises on CPU; prompts are bounded, so a whole one always fits.
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(options.max_model_len, 8192),
-            "max_num_seqs": 256,
-            "disable_log_stats": True,
-            "logprobs_mode": "raw_logprobs",
-        }
-        if options.adapter is not None:
-            room = next(rank for rank in ADAPTER_RANKS if rank >= options.adapter.rank)
-            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
-        if options.mixes:
-            # Scheduled ahead of time, a step would not know the tokens of the one before.
-            arguments |= {"logits_processors": [_tracker_class()], "async_scheduling": False}
-        if options.device == "cpu":
-            arguments["enforce_eager"] = True
-        else:
-            arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
+        arguments = engine_arguments(options) | (mixing_arguments() if options.mixes else {})
         try:
             self._llm = LLM(**arguments)
         except (ValueError, NotImplementedError) as error:
@@ -222,11 +150,14 @@ class Engine:
         found: dict[int, Sample] = {}
         swapped = [i for i, sampler in enumerate(samplers) if self._options.swaps and sampler == "reference"]
         others = [i for i in range(len(prompts)) if i not in set(swapped)]
-        num_tokens = max(map(len, prompts), default=0) + max_new_tokens
-        for wave in self._waves(others, [samplers[i] in MIXTURES for i in others], num_tokens):
-            sample(wave)
         if self._reference is not None:
+            num_tokens = max(map(len, prompts), default=0) + max_new_tokens
+            num_bytes = self._reference.cache_bytes_per_token * num_tokens
+            for wave in waves(others, [samplers[i] in MIXTURES for i in others], num_bytes):
+                sample(wave)
             self._reference.forget()
+        elif others:
+            sample(others)
         if swapped:
             with self._as_reference():
                 sample(swapped)
@@ -289,22 +220,6 @@ class Engine:
     def _coefficients(self, sampler: str) -> tuple[float, float]:
         return coefficients(sampler, self._options.mixture_weight)
 
-    def _waves(self, indices: Sequence[int], is_mixed: Sequence[bool], num_tokens: int) -> Iterator[Sequence[int]]:
-        """Cut requests of up to ``num_tokens`` so that the mixtures of a wave fit the reference's cache."""
-        if self._reference is None or not any(is_mixed):
-            yield from filter(None, [indices])
-            return
-        at_once = max(1, REFERENCE_CACHE_BYTES // (self._reference.cache_bytes_per_token * num_tokens))
-        wave: list[int] = []
-        num_mixed = 0
-        for index, mixed in zip(indices, is_mixed, strict=True):
-            if mixed and num_mixed == at_once:
-                yield wave
-                wave, num_mixed = [], 0
-            wave.append(index)
-            num_mixed += mixed
-        yield wave
-
     # ------------------------------------------------------------------ the reference
 
     def _load_reference(self, path: str) -> Any:
@@ -318,7 +233,6 @@ class Engine:
         """Load the reference, and mix it into the logits of the requests that ask for it."""
         import torch
 
-        from oatlite.maths.samplers import mixed_logprobs
         from oatlite.next_token import NextTokens
 
         assert self._options.reference is not None
@@ -326,21 +240,7 @@ class Engine:
         reference = NextTokens(model, torch.device(self._options.device))
         if self._options.swaps:
             self._reference_weights = _named(model)
-        runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        (tracker,) = (one for one in runner.input_batch.logitsprocs.all if hasattr(one, "running"))
-
-        def mix(module: Any, args: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-            running = dict(tracker.running)
-            if not running:
-                return None
-            rows = list(running)
-            logits = keywords["logits"].float()
-            shares = torch.tensor([running[row].coefficients for row in rows], device=logits.device)
-            logits[rows] = mixed_logprobs(logits[rows], reference.logits(list(running.values())), shares)
-            return args, keywords | {"logits": logits}
-
-        # Not as a logits processor's own work, which vLLM does after it has taken the log-probabilities to report.
-        runner.sampler.register_forward_pre_hook(mix, with_kwargs=True)
+        mix_in(self._llm.llm_engine.model_executor.driver_worker.worker.model_runner, reference)
         return reference
 
     @contextmanager
@@ -397,29 +297,12 @@ class Engine:
 
     def begin_load(self) -> None:
         """Enter ``LOADING``: the old weights are given up layer by layer from here on."""
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
         if self.state is not State.READY:
             raise RuntimeError(f"weights cannot be loaded while the engine is {self.state.value}")
         self.state = State.LOADING
         self._arriving = {}
         if self._options.adapter is None:
-            self._forget_expert_kernels()
-            initialize_layerwise_reload(self.model)
-
-    def _forget_expert_kernels(self) -> None:
-        """Let the experts of a mixture be packed anew on the CPU, where vLLM does that only with its first kernel.
-
-        A reload would copy the plain weights to where the packed ones are expected.
-        """
-        if self._options.device != "cpu":
-            return
-        from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-
-        for layer in self.model.modules():
-            method = getattr(layer, "quant_method", None)
-            if isinstance(method, UnquantizedFusedMoEMethod):
-                method.moe_kernel = None
+            begin_reload(self.model, self._options.device)
 
     def load_bucket(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Load tensors under their Hugging Face names. On return nothing refers to their memory any more."""
@@ -430,7 +313,7 @@ class Engine:
 
     def _load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         self._take(tensors)
-        self._release(tensors)
+        release(self.model, tensors)
         if self._options.swaps:
             self._copy_policy(tensors)
         self._wait_for_device()
@@ -449,12 +332,10 @@ class Engine:
 
     def finish_load(self) -> None:
         """Complete the update: leave ``LOADING``, wait for the device, forget what the old weights cached."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         def finish() -> None:
             if self._options.adapter is None:
-                finalize_layerwise_reload(self.model, self._llm.llm_engine.model_config)
-                self._process_tied_layers()
+                finish_reload(self.model, self._llm.llm_engine.model_config)
             else:
                 self._replace_adapter(self._options.adapter)
             self._wait_for_device()
@@ -475,18 +356,6 @@ class Engine:
         self._arriving = {}
         self._lora_request = LoRARequest("policy", 1, name)
 
-    def _process_tied_layers(self) -> None:
-        """Let a layer that shares another's parameter see the new values.
-
-        An output head tied to the embedding is sent no weights, so vLLM's reload leaves it alone: right where it
-        reads the shared parameter, but on CPU it multiplies by a packed copy of the old one.
-        """
-        owners: dict[int, torch.nn.Module] = {}
-        for layer in self.model.modules():
-            for parameter in layer.parameters(recurse=False):
-                if owners.setdefault(id(parameter), layer) is not layer:
-                    layer.quant_method.process_weights_after_loading(layer)
-
     def _guarded(self, action: Callable[[], None]) -> None:
         if self.state is not State.LOADING:
             raise RuntimeError(f"weights come only between begin_load and finish_load, not while {self.state.value}")
@@ -495,23 +364,6 @@ class Engine:
         except BaseException:
             self.state = State.TAINTED
             raise
-
-    def _release(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Clone what vLLM still holds of a bucket.
-
-        Its layerwise reload buffers the weights of a layer until the layer is complete. Buckets end on module
-        boundaries, but a layer whose parameter is padded (an embedding over a vocabulary that is no multiple of 64)
-        counts as incomplete until the end, and would read the bucket after it has been refilled.
-        """
-        import torch
-        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-        memory = {tensor.untyped_storage().data_ptr() for _, tensor in tensors}
-        for layer in self.model.modules():
-            for _, bound in get_layerwise_info(layer).loaded_weights:
-                for name, value in bound.arguments.items():
-                    if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in memory:
-                        bound.arguments[name] = value.clone()
 
 
 def _params(
@@ -542,32 +394,6 @@ def _params(
 
 def _named(model: Any) -> Mapping[str, torch.Tensor]:
     return {name: parameter.data for name, parameter in model.named_parameters()}
-
-
-def _tracker_class() -> type[Any]:
-    """A logits processor that changes nothing, and knows which row of the batch is a mixture's request."""
-    from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
-
-    from oatlite.next_token import Running
-
-    def begin(params: Any, prompt: list[int] | None, response: list[int]) -> Running | None:
-        shares = (params.extra_args or {}).get(MIXTURE)
-        return None if shares is None else Running(prompt or (), response, shares)
-
-    class Tracker(LogitsProcessor):  # type: ignore[misc]
-        def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-            self.running: dict[int, Running] = {}
-
-        def is_argmax_invariant(self) -> bool:
-            return False
-
-        def update_state(self, batch_update: Any) -> None:
-            process_dict_updates(self.running, batch_update, begin)
-
-        def apply(self, logits: torch.Tensor) -> torch.Tensor:
-            return logits
-
-    return Tracker
 
 
 def _sample(output: Any) -> Sample:
