@@ -16,7 +16,7 @@ from oatlite.launcher import LocalLauncher
 from oatlite.transport import Hub, address
 from oatlite.weights import SHM_PREFIX, Layout, WeightExporter, create_buffer
 from oatlite.workers.rollout import ActorPool, Deadlines
-from oatlite.workers.spec import WorkerSpec, rollout_socket
+from oatlite.workers.spec import END_SIGNAL, WorkerSpec, rollout_socket
 
 
 @contextmanager
@@ -61,7 +61,8 @@ def one_actor(
         deadlines = Deadlines(start_s=300, generate_s=120, oracle_s=60, sync_s=60)
         pool = ActorPool(hub, [spec.role], launcher.run_id, deadlines, WeightExporter(layout, buffer), vocab_size)
         environment = os.environ | {"TMPDIR": str(launcher.private_dir), "OMP_WAIT_POLICY": "PASSIVE"}
-        launcher.start([sys.executable, "-m", "oatlite.workers", str(spec.write())], environment, logs / "actor.log")
+        command = [sys.executable, "-m", "oatlite.workers", str(spec.write())]
+        launcher.start(command, environment, logs / "actor.log", end_signal=END_SIGNAL)
         pool.wait_until_ready()
         yield pool
         pool.stop()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ INIT_S = 30.0
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all processes of a run, it lets the step finish first
     start = json.loads(sys.stdin.readline())
     records = _records(start.pop("close_s"))
     offline_because = ""
