@@ -102,9 +102,7 @@ class LocalLauncher:
             )
         return self.adopt(process, log, end_signal=end_signal)
 
-    def adopt(
-        self, process: subprocess.Popen[bytes], log: Path, *, end_signal: int = signal.SIGTERM
-    ) -> Worker:
+    def adopt(self, process: subprocess.Popen[bytes], log: Path, *, end_signal: int = signal.SIGTERM) -> Worker:
         """Watch and stop a process that was just started, in a session of its own, with output to ``log``."""
         worker = Worker(process, log, end_signal)
         self._workers.append(worker)

@@ -239,7 +239,8 @@ class Supervisor:
         if failure is not None:
             cls = BY_EXIT_CODE.get(failure.exit_code, WorkerDied)
             raise cls(f"{role.place.name}: {failure.message}", f"{failure.fix + '; ' if failure.fix else ''}log: {log}")
-        raise WorkerDied(f"{role.place.name} {_describe_exit(code)}", f"log: {log}")
+        again = f" after {role.num_restarts} restarts" if role.num_restarts else ""
+        raise WorkerDied(f"{role.place.name} {_describe_exit(code)}{again}", f"log: {log}")
 
     def _silent(self, role: _Role) -> None:
         """Get a frozen worker's stacks into its log, then treat it as dead. A stopped process runs no handler."""
