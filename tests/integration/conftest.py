@@ -54,3 +54,10 @@ def neox(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 def one_by_one(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The plainest run: one actor, one learner, SimPO."""
     return train(llama, tmp_path_factory.mktemp("runs") / "one-by-one", "--algo", "simpo")
+
+
+@pytest.fixture(scope="session")
+def two_by_two(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """As ``one_by_one``, with two ranks and two actors."""
+    two = ("--actors", "2", "--learners", "2")
+    return train(llama, tmp_path_factory.mktemp("runs") / "two-by-two", "--algo", "simpo", *two)
