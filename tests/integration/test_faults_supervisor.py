@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 from live import CLEAN_S, Stopwatch, live, wait_until
-from runs import OATLITE, Inputs, command, leftovers, worker_pids
+from runs import OATLITE, TEMPORARY, Inputs, command, leftovers, worker_pids
 
 from oatlite.checkpoint import checkpoints_of, complete, steps_of, unfinished
 
@@ -90,3 +91,20 @@ def test_a_signal_while_engines_start_leaves_no_orphan(
     assert f"to start again: oatlite train --config {folder / 'config.toml'}" in last
     if number == signal.SIGTERM:
         assert "terminated, not saved" in last
+
+
+def test_workers_whose_supervisor_and_reaper_were_both_killed_end_by_themselves(llama: Inputs, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with live(command(llama, folder), folder) as run:
+        run.wait_for("learner 0", "starting: ranks")
+        children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
+        (reaper,) = [pid for pid in children if b"reaper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        (private,) = TEMPORARY.glob("oatlite-*")
+        os.kill(int(reaper), signal.SIGKILL)
+        os.kill(run.process.pid, signal.SIGKILL)
+        watch = Stopwatch()
+        try:
+            wait_until(lambda: not worker_pids("learner-0") and not worker_pids("actor-0"), CLEAN_S)
+        finally:
+            shutil.rmtree(private)
+        watch.within(CLEAN_S, "supervisor and reaper killed, until the workers are gone")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from live import Stopwatch
 from runs import OATLITE, Inputs, Run, leftovers, read_lines, run_to_end, start, train, worker_pids
 from small_pairrm import save_pairrm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -147,14 +149,18 @@ def test_an_algorithm_of_a_users_own_judged_by_pairrm(llama: Inputs, tmp_path: P
     assert 0 < run.records("eval")[-1]["win_probability"] < 1
 
 
-@pytest.mark.parametrize("stage", ["starting", "generate", "learn"])
-def test_ctrl_c_leaves_nothing(stage: str, llama: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "times", "end_s"), [("starting", 1, 30), ("generate", 1, 30), ("learn", 2, 5)])
+def test_ctrl_c_leaves_nothing(stage: str, times: int, end_s: float, llama: Inputs, tmp_path: Path) -> None:
     run = tmp_path / stage
     process = start(llama, run, "--max-prompts", "72", "--epochs", "200")
     try:
         seen = _wait_for_stage(process, stage)
-        process.send_signal(signal.SIGINT)
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        watch = Stopwatch()
         rest, _ = process.communicate(timeout=30)
+        watch.within(end_s, f"Ctrl-C, {times} times, to the end")
     finally:
         process.kill()
     assert process.returncode == 130, seen + rest
