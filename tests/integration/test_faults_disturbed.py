@@ -54,7 +54,8 @@ class Disturbed:
         (private,) = TEMPORARY.glob("oatlite-*")
         run_id = re.findall(r"of run ([0-9a-f]+)", (run.folder / "logs" / "actor-0.log").read_text())[0]
         run.send("learner-0", signal.SIGSTOP)
-        flood = threading.Thread(target=send_frames, args=(private, run_id))
+        all_sent = threading.Event()
+        flood = threading.Thread(target=send_frames, args=(private, run_id, all_sent))
         flood.start()
         engine.set("fast")
         time.sleep(BEHIND_S)  # the actor has answered, and what else comes waits at the learner's door
@@ -62,14 +63,14 @@ class Disturbed:
         self.growth = {role: resident_bytes(pid) - before[role] for role, pid in pids.items()}
         run.send("learner-0", signal.SIGCONT)
         flood.join(4 * CLEAN_S)
-        self.was_sent = not flood.is_alive()
+        self.was_sent = all_sent.is_set()
         self.growth_after = {role: resident_bytes(pid) - before[role] for role, pid in pids.items()}
         run.wait_for("learner 0", "saving: model")
         self.watch = Stopwatch()
         self.code, self.last = run.end()
 
 
-def send_frames(private: Path, run_id: str) -> None:
+def send_frames(private: Path, run_id: str, done: threading.Event) -> None:
     """To the learner and the supervisor in turn, as fast as they take them: malformed, foreign and unexpected ones."""
     rng = random.Random(0)
     context = zmq.Context()
@@ -81,10 +82,12 @@ def send_frames(private: Path, run_id: str) -> None:
         sockets[-1].connect(f"ipc://{private / name}")
     examples = [encode(message) for message in unexpected(run_id) + unexpected("0" * len(run_id))]
     for number in range(NUM_FRAMES):
-        frames = [bytes(frame) for frame in examples[number % len(examples)]]
-        if number % 2:
+        frames = [bytes(frame) for frame in rng.choice(examples)]
+        if rng.random() < 0.5:
             frames = mutated(frames, rng)
-        sockets[number // 2 % 2].send_multipart(frames)
+        sockets[number % 2].send_multipart(frames)
+        if number + 1 == NUM_FRAMES:
+            done.set()
     context.destroy(linger=10_000)
 
 
@@ -99,9 +102,9 @@ def unexpected(run_id: str) -> list[Message]:
             run_id=run_id,
             batch_id="1",
             policy_version=0,
-            samplers=("policy", "policy"),
+            samplers=["policy", "policy"],
             response_tokens=none,
-            response_lengths=none.astype(np.int64),
+            response_lengths=none,
             sampler_logprobs=none.astype(np.float32),
             is_finished=none.astype(np.bool_),
             texts=[],
