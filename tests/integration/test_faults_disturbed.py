@@ -57,13 +57,13 @@ class Disturbed:
         all_sent = threading.Event()
         flood = threading.Thread(target=send_frames, args=(private, run_id, all_sent))
         flood.start()
-        engine.set("fast")
         time.sleep(BEHIND_S)  # the actor has answered, and what else comes waits at the learner's door
         self.was_behind = run.process.poll() is None and flood.is_alive()
         self.growth = {role: resident_bytes(pid) - before[role] for role, pid in pids.items()}
         run.send("learner-0", signal.SIGCONT)
         flood.join(4 * CLEAN_S)
         self.was_sent = all_sent.is_set()
+        engine.set("fast")
         self.growth_after = {role: resident_bytes(pid) - before[role] for role, pid in pids.items()}
         run.wait_for("learner 0", "saving: model")
         self.watch = Stopwatch()
@@ -79,6 +79,7 @@ def send_frames(private: Path, run_id: str, done: threading.Event) -> None:
         sockets.append(context.socket(zmq.DEALER))
         sockets[-1].setsockopt(zmq.LINGER, 10_000)
         sockets[-1].setsockopt(zmq.SNDHWM, 16)
+        sockets[-1].setsockopt(zmq.SNDTIMEO, 60_000)
         sockets[-1].connect(f"ipc://{private / name}")
     examples = [encode(message) for message in unexpected(run_id) + unexpected("0" * len(run_id))]
     for number in range(NUM_FRAMES):
