@@ -64,7 +64,7 @@ def _records(first: str, close_s: float, has_started: threading.Event) -> Iterat
         end.daemon = True
         end.start()
         if OFFLINE_BECAUSE not in os.environ and not has_started.wait(close_s * START_SHARE):
-            _once_more_offline(first, [line for line in iter(lines.get, None)], close_s * (1 - START_SHARE))
+            _once_more_offline(first, list(iter(lines.get, None)), close_s * (1 - START_SHARE))
 
     threading.Thread(target=read, daemon=True).start()
     return (json.loads(line) for line in iter(lines.get, None))
