@@ -309,7 +309,10 @@ class Supervisor:
 
 @contextmanager
 def _collected_signals(into: list[int]) -> Iterator[None]:
-    """Note SIGINT and SIGTERM instead of raising, so that they are acted upon between two steps of the watch."""
+    """Note SIGINT and SIGTERM instead of raising, so that they are acted upon between two steps of the watch.
+
+    Once there was one, the end has begun, and takes a bounded time that another one must not cut into.
+    """
 
     def note(number: int, frame: FrameType | None) -> None:
         into.append(number)
@@ -319,7 +322,7 @@ def _collected_signals(into: list[int]) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if into else handler)
 
 
 def _environment(place: Place, private_dir: Path) -> dict[str, str]:
