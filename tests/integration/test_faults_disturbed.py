@@ -66,8 +66,9 @@ class Disturbed:
         engine.set("fast")
         self.growth_after = {role: resident_bytes(pid) - before[role] for role, pid in pids.items()}
         run.wait_for("learner 0", "saving: model")
-        self.watch = Stopwatch()
-        self.code, self.last = run.end()
+        watch = Stopwatch()
+        self.code, _ = run.end()
+        watch.within(WANDB_CLOSE_S + 20, "server of Weights & Biases that hangs, from the last step to the end")
 
 
 def send_frames(private: Path, run_id: str, done: threading.Event) -> None:
