@@ -70,12 +70,13 @@ class Live:
         return pid
 
     def end(self, seconds: float = DEADLINE_S) -> tuple[int, str]:
-        """Exit code and last line; nothing of the run may be left then."""
+        """Exit code and last line; soon after it nothing of the run may be left."""
         code = self.process.wait(seconds)
         self._thread.join(CLEAN_S)
         assert "Traceback" not in self.output
-        left = leftovers(self.folder)
-        assert left == [], (left, self.output)
+        watch = Stopwatch()
+        wait_until(lambda: not leftovers(self.folder), CLEAN_S, lambda: f"{leftovers(self.folder)}\n{self.output}")
+        watch.within(CLEAN_S, "after the end, until nothing is left")
         return code, self.lines[-1]
 
 
