@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from oatlite.config.schema import Config
-from oatlite.launcher import LocalLauncher
+from oatlite.launcher import LocalLauncher, Worker
 from oatlite.transport import Hub, address
 from oatlite.weights import SHM_PREFIX, Layout, WeightExporter, create_buffer
 from oatlite.workers.rollout import ActorPool, Deadlines
-from oatlite.workers.spec import WorkerSpec, rollout_socket
+from oatlite.workers.spec import END_SIGNAL, WorkerSpec, rollout_socket
 
 
 @contextmanager
@@ -33,6 +33,27 @@ def one_actor(
 ) -> Iterator[ActorPool]:
     """An actor in float32 on CPU, ready to be synced; its log is ``logs/actor.log``. ``more`` are sections of its
     configuration."""
+    options = {"max_model_len": max_model_len, "lora": lora, "more": more}
+    with startable_actor(policy, reward_model, layout, vocab_size, logs, **options) as (pool, start):
+        start()
+        pool.wait_until_ready()
+        yield pool
+        pool.stop()
+
+
+@contextmanager
+def startable_actor(
+    policy: Path,
+    reward_model: Path,
+    layout: Layout,
+    vocab_size: int,
+    logs: Path,
+    *,
+    max_model_len: int,
+    lora: dict[str, Any] | None,
+    more: dict[str, dict[str, Any]] | None,
+) -> Iterator[tuple[ActorPool, Callable[[], Worker]]]:
+    """As :func:`one_actor`, with what starts the actor, or another one in its place."""
     settings: dict[str, dict[str, Any]] = {
         "model": {"path": str(policy), "dtype": "float32"},
         "oracle": {"path": str(reward_model), "dtype": "float32"},
@@ -61,8 +82,9 @@ def one_actor(
         deadlines = Deadlines(start_s=300, generate_s=120, oracle_s=60, sync_s=60)
         pool = ActorPool(hub, [spec.role], launcher.run_id, deadlines, WeightExporter(layout, buffer), vocab_size)
         environment = os.environ | {"TMPDIR": str(launcher.private_dir), "OMP_WAIT_POLICY": "PASSIVE"}
-        launcher.start([sys.executable, "-m", "oatlite.workers", str(spec.write())], environment, logs / "actor.log")
-        pool.wait_until_ready()
-        yield pool
-        pool.stop()
+        command = [sys.executable, "-m", "oatlite.workers", str(spec.write())]
+        yield (
+            pool,
+            lambda: launcher.start(command, environment, logs / "actor.log", end_signal=END_SIGNAL),
+        )
         pool.close()

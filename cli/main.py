@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -143,7 +144,9 @@ def run() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Where it is installed, whatever looks at adapters loads it, and on a CPU it says what it lacks for 4 bits.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said; Python's own end would answer with a traceback
+    sys.exit(code)
 
 
 def _root(

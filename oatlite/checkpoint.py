@@ -25,6 +25,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
 _UNFINISHED = ".writing-"
+_DOOMED = ".removing-"
 _BLOCK = 1 << 20
 
 
@@ -61,9 +62,12 @@ class Checkpoint:
                 raise self._damaged(f"{path} is not what was written")
 
     def _damaged(self, what: str) -> CheckpointError:
-        older = [other.step for other in complete(self.folder.parent) if other.step < self.step]
-        fix = f"add --from-step {older[0]}, the checkpoint before it" if older else "there is no older checkpoint"
-        return CheckpointError(what, fix)
+        return CheckpointError(what, _older_than(self.folder, self.step))
+
+
+def _older_than(folder: Path, step: int) -> str:
+    older = [other for other in steps_of(folder.parent) if other < step]
+    return f"add --from-step {older[0]}, the checkpoint before it" if older else "there is no older checkpoint"
 
 
 class CheckpointWriter:
@@ -80,7 +84,7 @@ class CheckpointWriter:
 
     def begin(self) -> None:
         """Make the folder anew. Raises StorageError if the disk refuses."""
-        with _storage_errors(self.folder):
+        with self._storage_errors(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
 
@@ -91,7 +95,7 @@ class CheckpointWriter:
         Raises StorageError with the space that is left if the disk refuses.
         """
         path = self.folder / name
-        with _storage_errors(path):
+        with self._storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("xb") as file:
                 hashing = _HashingFile(file)
@@ -110,13 +114,46 @@ class CheckpointWriter:
         }
         with self.open(MANIFEST) as file:
             file.write(json.dumps(manifest, indent=1).encode())
-        with _storage_errors(self._final):
+        with self._storage_errors(self._final):
             for folder in {(self.folder / r.name).parent for r in records} | {self.folder}:
                 _sync_folder(folder)
             # A run that was resumed from before this step makes it again.
-            shutil.rmtree(self._final, ignore_errors=True)
+            _remove(self._final)
             os.rename(self.folder, self._final)
             _sync_folder(self._final.parent)
+
+    @contextmanager
+    def _storage_errors(self, path: Path) -> Iterator[None]:
+        """Also for what a library makes of an error of the disk on its way through."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            cause = _disk_error(error)
+            if cause is None:
+                raise
+            fix = "give the run a folder that can be written to"
+            if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                fix = f"{self._space()}; free more, or go on with --set checkpoint.keep_last=1"
+            raise StorageError(f"cannot write {path}: {cause.strerror or cause}", fix) from error
+
+    def _space(self) -> str:
+        """Bytes needed and free, where what is half written counts as free, because it goes when the run goes on."""
+        written = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        place = next(parent for parent in (self.folder, *self.folder.parents) if parent.exists())
+        free = shutil.disk_usage(place).free + written
+        before = steps_of(self._final.parent)
+        if not before:
+            return f"a checkpoint takes more than {written} bytes and {free} are free"
+        last = self._final.with_name(name_of(before[0]))
+        needed = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
+        return f"a checkpoint takes {needed} bytes and {free} are free"
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The error of the operating system that ``error`` is or was raised over."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def checkpoints_of(run_dir: Path) -> Path:
@@ -130,29 +167,38 @@ def name_of(step: int) -> str:
 
 def complete(root: Path) -> list[Checkpoint]:
     """The complete checkpoints under ``root``, newest first. Raises CheckpointError for an unreadable manifest."""
-    folders = [path for path in root.glob("step-*") if _NAME.fullmatch(path.name)] if root.is_dir() else []
-    return sorted((read(folder) for folder in folders), key=lambda found: found.step, reverse=True)
+    return [read(root / name_of(step)) for step in steps_of(root)]
+
+
+def steps_of(root: Path) -> list[int]:
+    """The steps of the complete checkpoints under ``root``, newest first, by their names alone."""
+    names = (_NAME.fullmatch(path.name) for path in (root.iterdir() if root.is_dir() else ()))
+    return sorted((int(name[1]) for name in names if name), reverse=True)
 
 
 def unfinished(root: Path) -> list[Path]:
-    """What runs that were killed while saving have left."""
-    return sorted(root.glob(f"{_UNFINISHED}*"))
+    """What runs that were killed while saving have left, or while removing a checkpoint."""
+    return sorted(path for mark in (_UNFINISHED, _DOOMED) for path in root.glob(f"{mark}*"))
 
 
 def prune(root: Path, keep_last: int, *, newer_than: int | None = None) -> None:
     """Remove all but the ``keep_last`` newest, what is half written, and what is ``newer_than`` a step, if given."""
     for path in unfinished(root):
         shutil.rmtree(path, ignore_errors=True)
-    found = complete(root)
-    beyond = [one for one in found if newer_than is not None and one.step > newer_than]
-    kept = [one for one in found if one not in beyond][:keep_last]
-    for one in found:
-        if one not in kept:
-            # Its name goes first, so that a removal that is interrupted leaves nothing that looks complete.
-            doomed = root / f"{_UNFINISHED}{one.folder.name}"
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(one.folder, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    steps = steps_of(root)
+    kept = [step for step in steps if newer_than is None or step <= newer_than][:keep_last]
+    for step in steps:
+        if step not in kept:
+            _remove(root / name_of(step))
+
+
+def _remove(folder: Path) -> None:
+    """Its name goes first, so that a removal that is interrupted leaves nothing that looks complete."""
+    doomed = folder.with_name(f"{_DOOMED}{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def read(folder: Path) -> Checkpoint:
@@ -164,8 +210,10 @@ def read(folder: Path) -> Checkpoint:
         files = tuple(FileRecord(f["name"], int(f["num_bytes"]), f["digest"]) for f in manifest["files"])
         return Checkpoint(folder=folder, step=int(manifest["step"]), about=manifest["about"], files=files)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        name = _NAME.fullmatch(folder.name)
         raise CheckpointError(
-            f"{folder / MANIFEST} cannot be read: {type(error).__name__}", f"remove {folder} to go on from an older one"
+            f"{folder / MANIFEST} cannot be read: {type(error).__name__}",
+            _older_than(folder, int(name[1])) if name else "",
         ) from error
 
 
@@ -205,15 +253,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        fix = "give the run a folder that can be written to"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = next(parent for parent in (path, *path.parents) if parent.exists())
-            fix = f"{shutil.disk_usage(place).free} bytes are free there; free more, or set checkpoint.keep_last = 1"
-        raise StorageError(f"cannot write {path}: {error.strerror or error}", fix) from error

@@ -39,9 +39,10 @@ def socket_base() -> Path:
 class Worker:
     """A running process of the run, in a process group of its own."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, end_signal: int = signal.SIGTERM) -> None:
         self._process = process
         self.log = log
+        self.end_signal = end_signal
 
     @property
     def pid(self) -> int:
@@ -97,8 +98,18 @@ class LocalLauncher:
             reaper.remove_leftovers(*self._leftovers, self._started)
         os.close(self._lock)
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Worker:
-        """Start ``command`` with output to the end of ``log``; the reaper knows of it from its first moment."""
+    def start(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        end_signal: int = signal.SIGTERM,
+    ) -> Worker:
+        """Start ``command`` with output to the end of ``log``; the reaper knows of it from its first moment.
+
+        ``end_signal`` is what asks it to end.
+        """
         with log.open("ab") as output:
             process = subprocess.Popen(
                 command,
@@ -108,11 +119,11 @@ class LocalLauncher:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return self.adopt(process, log)
+        return self.adopt(process, log, end_signal=end_signal)
 
-    def adopt(self, process: subprocess.Popen[bytes], log: Path) -> Worker:
+    def adopt(self, process: subprocess.Popen[bytes], log: Path, *, end_signal: int = signal.SIGTERM) -> Worker:
         """Watch and stop a process that was just started, in a session of its own, with output to ``log``."""
-        worker = Worker(process, log)
+        worker = Worker(process, log, end_signal)
         self._workers.append(worker)
         self._started.append(worker.pid)
         self._tell_reaper("+", worker)
@@ -127,7 +138,7 @@ class LocalLauncher:
     def stop_all(self, grace_s: float = STOP_GRACE_S) -> None:
         """Ask all processes to end, and kill those that are still there after ``grace_s``."""
         for worker in self._workers:
-            worker.signal(signal.SIGTERM)
+            worker.signal(worker.end_signal)
             worker.signal(signal.SIGCONT)
         deadline = time.monotonic() + grace_s
         for worker in list(self._workers):

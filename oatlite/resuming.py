@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oatlite.checkpoint import Checkpoint, checkpoints_of, complete
+from oatlite.checkpoint import Checkpoint, checkpoints_of, name_of, read, steps_of
 from oatlite.config.load import load_config, resolve
 from oatlite.config.schema import Config
 from oatlite.errors import CheckpointError, ConfigError
@@ -55,16 +55,15 @@ def resume(run: Path, *, from_step: int | None, sets: Sequence[str], num_gpus: i
 
 def choose(root: Path, from_step: int | None) -> Checkpoint:
     """The newest checkpoint under ``root``, or that of ``from_step``. Raises CheckpointError if there is none."""
-    found = complete(root)
-    if not found:
+    steps = steps_of(root)
+    if not steps:
         raise CheckpointError(f"there is no checkpoint in {root}", "start the run again, with a smaller --save-every")
     if from_step is None:
-        return found[0]
-    for checkpoint in found:
-        if checkpoint.step == from_step:
-            return checkpoint
-    steps = ", ".join(str(checkpoint.step) for checkpoint in found)
-    raise CheckpointError(f"there is no checkpoint of step {from_step} in {root}", f"there are those of {steps}")
+        return read(root / name_of(steps[0]))
+    if from_step in steps:
+        return read(root / name_of(from_step))
+    there = ", ".join(map(str, steps))
+    raise CheckpointError(f"there is no checkpoint of step {from_step} in {root}", f"there are those of {there}")
 
 
 def require_same_run(checkpoint: Checkpoint, config: Config, fingerprints: Mapping[str, str]) -> None:
@@ -85,12 +84,12 @@ def require_same_run(checkpoint: Checkpoint, config: Config, fingerprints: Mappi
 
 
 def how_to_go_on(run_dir: Path) -> str:
-    """The command that resumes a run that has just ended, if it has a checkpoint."""
-    try:
-        found = complete(checkpoints_of(run_dir))
-    except CheckpointError:
-        return ""
-    return f"to go on from step {found[0].step}: oatlite resume {shlex.quote(shortest_path(run_dir))}" if found else ""
+    """The command that resumes a run that has just ended, or starts it again where it has no checkpoint."""
+    steps = steps_of(checkpoints_of(run_dir))
+    if not steps:
+        config_file = shlex.quote(shortest_path(run_dir / "config.toml"))
+        return f"no step was saved, to start again: oatlite train --config {config_file}"
+    return f"to go on from step {steps[0]}: oatlite resume {shlex.quote(shortest_path(run_dir))}"
 
 
 def shortest_path(path: Path) -> str:

@@ -34,7 +34,7 @@ from oatlite.preflight import Plan, check
 from oatlite.resuming import how_to_go_on, require_same_run
 from oatlite.run_folder import create_run_dir, held, summary
 from oatlite.transport import Hub, address
-from oatlite.workers.spec import CONTROL_SOCKET, STOP_SIGNAL, WorkerSpec
+from oatlite.workers.spec import CONTROL_SOCKET, END_SIGNAL, STOP_SIGNAL, WorkerSpec
 
 POLL_S = 0.2
 MAX_ACTOR_RESTARTS = 3
@@ -185,7 +185,8 @@ class Supervisor:
     def _start(self, place: Place, spec: WorkerSpec) -> Worker:
         log = self._run_dir / "logs" / f"{spec.role}.log"
         command = [sys.executable, "-m", "oatlite.workers", str(spec.write())]
-        return self._launcher.start(command, _environment(place, self._launcher.private_dir), log)
+        environment = _environment(place, self._launcher.private_dir)
+        return self._launcher.start(command, environment, log, end_signal=END_SIGNAL)
 
     def _watch(self) -> None:
         self._check_signals()
@@ -193,8 +194,12 @@ class Supervisor:
         while received is not None:
             self._handle(*received)
             received = self._hub.receive(0)
-        for role in list(self._roles.values()):
-            code = role.worker.exit_code()
+        roles = list(self._roles.values())
+        codes = {role.place.name: role.worker.exit_code() for role in roles}
+        if any(codes.values()):
+            self._watch_last_messages()  # last words may still be on their way
+        for role in sorted(roles, key=lambda role: _is_consequence(role, codes[role.place.name])):
+            code = codes[role.place.name]
             if code is not None:
                 self._ended(role, code)
             elif time.monotonic() - role.seen > self._config.timeouts.silence_s:
@@ -223,18 +228,19 @@ class Supervisor:
     def _ended(self, role: _Role, code: int) -> None:
         if code == 0:
             return
-        while (received := self._hub.receive(0)) is not None:  # its last words may still be on their way
-            self._handle(*received)
         failure = role.failure
         is_for_good = failure is not None and failure.exit_code != WorkerDied.exit_code
         if role.is_actor and role.was_ready and not is_for_good and role.num_restarts < MAX_ACTOR_RESTARTS:
             self._restart(role, _describe_exit(code))
             return
         log = role.worker.log
+        if failure is not None and failure.exit_code == DeadlineExceeded.exit_code:
+            self._dump_stacks()
         if failure is not None:
             cls = BY_EXIT_CODE.get(failure.exit_code, WorkerDied)
             raise cls(f"{role.place.name}: {failure.message}", f"{failure.fix + '; ' if failure.fix else ''}log: {log}")
-        raise WorkerDied(f"{role.place.name} {_describe_exit(code)}", f"log: {log}")
+        again = f" after {role.num_restarts} restarts" if role.num_restarts else ""
+        raise WorkerDied(f"{role.place.name} {_describe_exit(code)}{again}", f"log: {log}")
 
     def _silent(self, role: _Role) -> None:
         """Get a frozen worker's stacks into its log, then treat it as dead. A stopped process runs no handler."""
@@ -250,6 +256,13 @@ class Supervisor:
         raise DeadlineExceeded(
             f"{role.place.name} was silent for {silence:.0f} s", f"its stacks are in {role.worker.log}"
         )
+
+    def _dump_stacks(self) -> None:
+        """Somebody waited in vain: let the log of every worker say where it is."""
+        for role in self._roles.values():
+            role.worker.signal(signal.SIGUSR1)
+            role.worker.signal(signal.SIGCONT)
+        time.sleep(STACK_DUMP_S)
 
     def _restart(self, role: _Role, why: str) -> None:
         role.num_restarts += 1
@@ -296,7 +309,10 @@ class Supervisor:
 
 @contextmanager
 def _collected_signals(into: list[int]) -> Iterator[None]:
-    """Note SIGINT and SIGTERM instead of raising, so that they are acted upon between two steps of the watch."""
+    """Note SIGINT and SIGTERM instead of raising, so that they are acted upon between two steps of the watch.
+
+    Once there was one, the end has begun, and takes a bounded time that another one must not cut into.
+    """
 
     def note(number: int, frame: FrameType | None) -> None:
         into.append(number)
@@ -306,7 +322,7 @@ def _collected_signals(into: list[int]) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if into else handler)
 
 
 def _environment(place: Place, private_dir: Path) -> dict[str, str]:
@@ -330,6 +346,12 @@ def _visible_gpu(gpu: int) -> str:
     """The name that CUDA knows the ``gpu``-th visible GPU by."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[gpu].strip() if visible else str(gpu)
+
+
+def _is_consequence(role: _Role, code: int | None) -> bool:
+    """Whether this end may have followed from another one that is found at the same moment: a rank that loses its peer
+    raises something unspecific, while one that was killed, or says what ails it, is the cause."""
+    return not code or (code > 0 and (role.failure is None or role.failure.exit_code == WorkerDied.exit_code))
 
 
 def _describe_exit(code: int) -> str:

@@ -1,6 +1,7 @@
 """The process that talks to Weights & Biases: JSON lines come in on standard input, the first says how to start.
 
-It ends when its input does, at the latest ``close_s`` later, whatever wandb does: so it cannot outlive the run.
+It ends when its input does, at the latest ``close_s`` later, whatever wandb does: so it cannot outlive the run. Where
+wandb has not even started by then, because its server does not answer, the records are kept offline.
 """
 
 from __future__ import annotations
@@ -8,27 +9,35 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 INIT_S = 30.0
+START_SHARE = 0.2  # of the time that it has at the end, for a start that has not come about yet
+OFFLINE_BECAUSE = "OATLITE_WANDB_OFFLINE_BECAUSE"
 
 
 def main() -> int:
-    start = json.loads(sys.stdin.readline())
-    records = _records(start.pop("close_s"))
-    offline_because = ""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all processes of a run, it lets the step finish first
+    first = sys.stdin.readline()
+    start = json.loads(first)
+    has_started = threading.Event()
+    records = _records(first, start.pop("close_s"), has_started)
+    offline_because = os.environ.pop(OFFLINE_BECAUSE, "")
     try:
         import wandb
 
         settings = _settings(wandb.Settings)
         try:
-            run = wandb.init(**start, settings=settings)
+            run = wandb.init(**start, settings=settings, mode="offline" if offline_because else None)
         except Exception as error:
             offline_because = _one_line(error)
             run = wandb.init(**start, settings=settings, mode="offline")
+        has_started.set()
         for record in records:
             if record["kind"] == "summary":
                 run.summary.update(flat(record))
@@ -43,7 +52,7 @@ def main() -> int:
     return 1 if offline_because else 0
 
 
-def _records(close_s: float) -> Iterator[dict[str, Any]]:
+def _records(first: str, close_s: float, has_started: threading.Event) -> Iterator[dict[str, Any]]:
     """Records as they come, read on a thread from now on, so that the end of the input is noticed while wandb hangs."""
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
@@ -54,9 +63,23 @@ def _records(close_s: float) -> Iterator[dict[str, Any]]:
         end = threading.Timer(close_s, os._exit, (1,))
         end.daemon = True
         end.start()
+        if OFFLINE_BECAUSE not in os.environ and not has_started.wait(close_s * START_SHARE):
+            _once_more_offline(first, list(iter(lines.get, None)), close_s * (1 - START_SHARE))
 
     threading.Thread(target=read, daemon=True).start()
     return (json.loads(line) for line in iter(lines.get, None))
+
+
+def _once_more_offline(first: str, lines: list[str], close_s: float) -> None:
+    """In the place of this process, whose main thread hangs: the same input again, to be kept offline."""
+    with tempfile.TemporaryFile("w+") as file:
+        file.write(json.dumps(json.loads(first) | {"close_s": close_s}) + "\n")
+        file.writelines(lines)
+        file.flush()
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
+        environment = os.environ | {OFFLINE_BECAUSE: "its server did not answer before the run ended"}
+        os.execve(sys.executable, [sys.executable, "-m", __spec__.name], environment)
 
 
 def _one_line(error: Exception) -> str:

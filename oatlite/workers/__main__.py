@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 from oatlite.workers.lifeline import Lifeline
-from oatlite.workers.spec import WorkerSpec
+from oatlite.workers.spec import END_SIGNAL, WorkerSpec
 
 
 def main(spec_path: str) -> int:
     spec = WorkerSpec.model_validate_json(Path(spec_path).read_text())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # see END_SIGNAL
+    signal.signal(END_SIGNAL, signal.SIG_DFL)  # nohup ignores it
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
     logging.info("%s of run %s, process %d", spec.role, spec.run_id, os.getpid())

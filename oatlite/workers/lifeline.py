@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -16,10 +17,14 @@ from oatlite.transport import Spoke, address
 from oatlite.workers.spec import CONTROL_SOCKET, WorkerSpec
 
 HEARTBEAT_S = 1.0
+EXIT_ORPHANED = 3
 
 
 class Lifeline:
-    """Owns a socket and a thread, so that a worker busy in one long call still shows that its process is alive."""
+    """Owns a socket and a thread, so that a worker busy in one long call still shows that its process is alive.
+
+    A worker whose supervisor is gone ends at the next heartbeat.
+    """
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._run_id = spec.run_id
@@ -27,6 +32,7 @@ class Lifeline:
         self._address = address(spec.private_dir, CONTROL_SOCKET)
         self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._stage = ("starting", "")
+        self._supervisor = os.getppid()
         self._thread = threading.Thread(target=self._run, name="lifeline", daemon=True)
         self._thread.start()
 
@@ -40,6 +46,8 @@ class Lifeline:
                 message = self._beat()
             if message is None:
                 break
+            if os.getppid() != self._supervisor:  # killed, and the reaper with it, or it would have come first
+                os._exit(EXIT_ORPHANED)
             # A supervisor that is stopped takes nothing for a while; it must find this worker alive when it goes on.
             with contextlib.suppress(DeadlineExceeded):
                 spoke.send(message)

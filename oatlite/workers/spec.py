@@ -15,6 +15,9 @@ from oatlite.config.schema import Config
 CONTROL_SOCKET = "control"
 STOP_SIGNAL = signal.SIGUSR2
 """Asks a learner rank that is past its start to finish its step, save a checkpoint and end."""
+END_SIGNAL = signal.SIGHUP
+"""Ends a worker at once. SIGTERM does not: whoever sends that to all processes of a run means the supervisor, which has
+the step saved first."""
 
 
 class WorkerSpec(BaseModel):

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "unit"), str(ROOT / "benchmarks")]
 
-from runs import Inputs, Run, train  # noqa: E402
+from runs import TWO_BY_TWO, Inputs, Run, train  # noqa: E402
 from small_demo import SMALL_DEMO  # noqa: E402
 from small_folders import save_model  # noqa: E402
 
@@ -69,3 +69,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 def one_by_one(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The plainest run: one actor, one learner, SimPO."""
     return train(llama, tmp_path_factory.mktemp("runs") / "one-by-one", "--algo", "simpo")
+
+
+@pytest.fixture(scope="session")
+def two_by_two(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """As ``one_by_one``, with two ranks and two actors, and a budget that ends within the last step."""
+    return train(llama, tmp_path_factory.mktemp("runs") / "two-by-two", *TWO_BY_TWO)

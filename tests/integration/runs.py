@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ TEMPORARY = Path(tempfile.mkdtemp(prefix="ot-"))
 ENVIRONMENT = os.environ | {"TMPDIR": str(TEMPORARY), "WANDB_MODE": "offline"}
 OATLITE = Path(sys.executable).with_name("oatlite")
 DEADLINE_S = 300.0
+TWO_BY_TWO = ("--algo", "simpo", "--actors", "2", "--learners", "2", "--max-queries", "41")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +75,17 @@ def run_to_end(arguments: list[str], folder: Path) -> Run:
 
 
 def start(inputs: Inputs, folder: Path, *more: str) -> subprocess.Popen[str]:
+    return start_command(command(inputs, folder, *more))
+
+
+def start_command(arguments: list[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(inputs, folder, *more),
+        arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | dict(environment or {}),
     )
 
 

@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from live import Stopwatch
 from oatlite_cli.main import main
-from runs import OATLITE, Inputs, Run, leftovers, read_lines, run_to_end, start, train
+from runs import OATLITE, Inputs, Run, leftovers, read_lines, run_to_end, start, train, worker_pids
 from safetensors.torch import load_file
 
 from oatlite.checkpoint import complete
@@ -134,12 +135,16 @@ def test_ranks_go_on_as_if_nothing_had_been(case: tuple[str, ...], llama: Inputs
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_sigterm_finishes_the_step_and_saves_it(llama: Inputs, tmp_path: Path) -> None:
+def test_sigterm_to_every_process_finishes_the_step_and_saves_it(llama: Inputs, tmp_path: Path) -> None:
+    """As a batch system sends it; to the supervisor alone it comes to the same."""
     run = tmp_path / "terminated"
     process = start(llama, run, *ONE_RANK, *COMMON)
     seen = wait_for_line(process, "step 1/6")
-    process.send_signal(signal.SIGTERM)
+    for pid in (*worker_pids("actor-0"), *worker_pids("learner-0"), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    watch = Stopwatch()
     rest, _ = process.communicate(timeout=60)
+    watch.within(60, "SIGTERM to every process, to the end")
     assert process.returncode == 143, seen + rest
     last = rest.strip().splitlines()[-1]
     (saved,) = complete(run / "checkpoints")
@@ -174,15 +179,32 @@ def test_another_run_is_refused_with_what_differs(
     assert all(word in line for word in words), line
 
 
-def test_another_tokenizer_is_refused(
-    killed: Path, llama: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = copied(killed, tmp_path / "run")
-    policy = Path(shutil.copytree(llama.policy, tmp_path / "policy"))
+def with_policy_of_its_own(killed: Path, llama: Inputs, folder: Path) -> tuple[Path, Path]:
+    """A copy of a run, and of the policy that it was started with."""
+    run = copied(killed, folder / "run")
+    policy = Path(shutil.copytree(llama.policy, folder / "policy"))
     config = run / "config.toml"
     config.write_text(config.read_text().replace(str(llama.policy), str(policy)))
     manifest = run / "checkpoints" / "step-000004" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(str(llama.policy), str(policy)))
+    return run, policy
+
+
+def test_another_model_is_refused_before_anything_starts(
+    killed: Path, llama: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, policy = with_policy_of_its_own(killed, llama, tmp_path)
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
+    logs = {path: path.stat().st_mtime_ns for path in (run / "logs").iterdir()}
+    assert "the model is another one" in refused(capsys, 2, str(run))
+    assert {path: path.stat().st_mtime_ns for path in (run / "logs").iterdir()} == logs, "no worker was started"
+
+
+def test_another_tokenizer_is_refused(
+    killed: Path, llama: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, policy = with_policy_of_its_own(killed, llama, tmp_path)
     tokenizer = json.loads((policy / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]

@@ -1,0 +1,109 @@
+"""A supervisor that is killed, asked to stop while engines start, and asked to stop by a step that does not end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from live import CLEAN_S, Stopwatch, live, wait_until
+from runs import OATLITE, TEMPORARY, Inputs, command, leftovers, worker_pids
+
+from oatlite.checkpoint import checkpoints_of, complete, steps_of, unfinished
+
+GONE_S, SWEPT_S = 5.0, 10.0
+STOP_S = 3
+LONG = ("--epochs", "200", "--eval-prompts", "0", "--save-every", "1")
+
+
+def test_a_run_killed_in_a_save_leaves_nothing_and_goes_on_at_once_until_a_step_does_not_end(
+    llama: Inputs, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    checkpoints = checkpoints_of(folder)
+    with live(command(llama, folder, *LONG), folder) as run:
+        wait_until(lambda: len(steps_of(checkpoints)) > 0, 300, lambda: run.output)
+        learner = run.pid("learner-0")
+        stop_in_a_save(learner, checkpoints)
+        half, before = unfinished(checkpoints), steps_of(checkpoints)[0]
+        os.kill(run.process.pid, signal.SIGKILL)
+        watch = Stopwatch()
+        wait_until(lambda: not worker_pids("learner-0") and not worker_pids("actor-0"), GONE_S)
+        watch.within(GONE_S, "supervisor killed, until the tree is gone")
+        wait_until(lambda: not leftovers(folder), SWEPT_S, lambda: str(leftovers(folder)))
+        watch.within(SWEPT_S, "supervisor killed, until segments and sockets are gone")
+
+    resume = [str(OATLITE), "resume", str(folder), "--set", f"timeouts.stop_s={STOP_S}"]
+    with live(resume, folder) as run:
+        for path in half:
+            run.wait_for(f"{path.name} was not complete when its run ended, and is skipped")
+        run.wait_for(f"resuming after step {before}")
+        run.wait_for(f"step {before + 1}/")
+        actor = run.send("actor-0", signal.SIGSTOP)
+        os.kill(run.process.pid, signal.SIGTERM)
+        watch = Stopwatch()
+        code, last = run.end(STOP_S + CLEAN_S)
+        watch.within(STOP_S + CLEAN_S, "SIGTERM in a step that does not end, to the end")
+    assert code == 143, run.output
+    assert not Path(f"/proc/{actor}").exists()
+    assert f"terminated, not saved: the step took longer than {STOP_S} s" in last
+    newest = complete(checkpoints)[0]
+    newest.verify()
+    assert newest.step > before
+    assert last.endswith(f"to go on from step {newest.step}: oatlite resume {folder}")
+
+
+def stop_in_a_save(learner: int, checkpoints: Path) -> None:
+    """Leave the process stopped with a checkpoint half written."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if unfinished(checkpoints):
+            os.kill(learner, signal.SIGSTOP)
+            wait_until(lambda: Path(f"/proc/{learner}/stat").read_text().rpartition(")")[2].split()[0] == "T", CLEAN_S)
+            if unfinished(checkpoints):
+                return
+            os.kill(learner, signal.SIGCONT)
+    raise AssertionError("no save was met in the middle")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "moment"),
+    [
+        (signal.SIGTERM, 143, "learner 0  starting"),
+        (signal.SIGINT, 130, "actor 0    starting: engine"),
+    ],
+)
+def test_a_signal_while_engines_start_leaves_no_orphan(
+    number: int, code: int, moment: str, llama: Inputs, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with live(command(llama, folder), folder) as run:
+        run.wait_for(moment)
+        os.kill(run.process.pid, number)
+        watch = Stopwatch()
+        ended, last = run.end(CLEAN_S)
+        watch.within(CLEAN_S, f"signal {number} at {moment!r}, to the end")
+    assert ended == code, run.output
+    assert f"to start again: oatlite train --config {folder / 'config.toml'}" in last
+    if number == signal.SIGTERM:
+        assert "terminated, not saved" in last
+
+
+def test_workers_whose_supervisor_and_reaper_were_both_killed_end_by_themselves(llama: Inputs, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with live(command(llama, folder), folder) as run:
+        run.wait_for("learner 0", "starting: ranks")
+        children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
+        (reaper,) = [pid for pid in children if b"reaper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        (private,) = TEMPORARY.glob("oatlite-*")
+        os.kill(int(reaper), signal.SIGKILL)
+        os.kill(run.process.pid, signal.SIGKILL)
+        watch = Stopwatch()
+        try:
+            wait_until(lambda: not worker_pids("learner-0") and not worker_pids("actor-0"), CLEAN_S)
+        finally:
+            shutil.rmtree(private)
+        watch.within(CLEAN_S, "supervisor and reaper killed, until the workers are gone")

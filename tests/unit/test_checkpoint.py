@@ -1,0 +1,176 @@
+"""A save that is killed at each of its stages, and what is told of checkpoints that cannot be read."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from oatlite.checkpoint import MANIFEST, CheckpointWriter, complete, name_of, prune, steps_of, unfinished
+from oatlite.errors import CheckpointError, StorageError
+from oatlite.resuming import choose, how_to_go_on
+
+# Saves step 1 and then step 2, which replaces it; and dies before the n-th thing that it does to the file system from
+# there on. Each n has a process of its own, forked so that Python starts once.
+DYING_SAVES = """
+    import os, signal, sys
+    from pathlib import Path
+    from oatlite.checkpoint import CheckpointWriter, prune
+
+    WRITES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+
+    def save(root, step):
+        writer = CheckpointWriter(root, step)
+        writer.begin()
+        for name in ("optimizer/states.pt", "pairs-0.safetensors"):
+            with writer.open(name) as file:
+                for part in range(3):
+                    stage("write")
+                    file.write(bytes([step]) * 100_000)
+        writer.complete(step, writer.records, {"step": step})
+        prune(root, 1)
+
+    left = None
+
+    def stage(event, *arguments):
+        global left
+        if left is not None:
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(lambda event, arguments: event in WRITES and stage(event))
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (stage("fsync"), fsync(descriptor))
+    for number in range(1000):
+        root = Path(sys.argv[1]) / f"{number:03d}"
+        child = os.fork()
+        if not child:
+            save(root, 1)
+            left = number
+            save(root, int(sys.argv[2]))
+            os._exit(0)
+        if os.waitpid(child, 0)[1] == 0:
+            break
+"""
+
+
+@pytest.mark.parametrize("second", [2, 1], ids=["the next step", "the same step again"])
+def test_a_save_that_is_killed_at_any_stage_leaves_a_complete_checkpoint(second: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(DYING_SAVES), str(tmp_path), str(second)]
+    subprocess.run(command, check=True, timeout=120)
+    roots = sorted(tmp_path.iterdir())
+    assert len(roots) > 25, "stages of a save"
+    newest = []
+    for root in roots:
+        found = complete(root)
+        if second == 2:
+            assert found, root
+        for checkpoint in found:
+            checkpoint.verify()
+        newest.append(found[0].step if found else 0)
+        known = {path.name for path in unfinished(root)} | {one.folder.name for one in found}
+        assert {path.name for path in root.iterdir()} == known
+        prune(root, 1)
+        assert [path.name for path in root.iterdir()] == ([name_of(found[0].step)] if found else [])
+    assert newest[0] == 1 and newest[-1] == second
+    if second == 2:
+        assert newest == sorted(newest), "from one stage on the new one counts"
+
+
+def save(root: Path, step: int) -> Path:
+    writer = CheckpointWriter(root, step)
+    writer.begin()
+    with writer.open("data") as file:
+        file.write(b"x" * 1000)
+    writer.complete(step, writer.records, {})
+    return root / name_of(step)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_a_manifest_that_cannot_be_read_is_named_and_an_older_checkpoint_is_taken_when_asked_for(
+    damage: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        manifest = save(root, step) / MANIFEST
+    data = bytearray(manifest.read_bytes())
+    data[data.index(b"format")] ^= 1
+    match damage:
+        case "cut":
+            manifest.write_bytes(data[:-10])
+        case "flip":
+            manifest.write_bytes(data)
+        case "remove":
+            manifest.unlink()
+    with pytest.raises(CheckpointError, match="add --from-step 2, the checkpoint before it") as caught:
+        choose(root, None)
+    assert str(manifest) in str(caught.value)
+    choose(root, 2).verify()
+    assert "oatlite resume" in how_to_go_on(tmp_path)
+    prune(root, 3, newer_than=2)
+    assert steps_of(root) == [2, 1]
+
+
+def test_a_run_without_a_checkpoint_is_started_again(tmp_path: Path) -> None:
+    assert how_to_go_on(tmp_path).endswith(f"oatlite train --config {tmp_path / 'config.toml'}")
+
+
+FULL_DISK = """
+    import json, sys
+    from pathlib import Path
+    import torch
+    from oatlite.checkpoint import CheckpointWriter, complete
+    from oatlite.errors import StorageError
+
+    def save(step, size):
+        writer = CheckpointWriter(Path(sys.argv[1]), step)
+        writer.begin()
+        with writer.open("states.pt") as file:
+            torch.save(torch.zeros(size, dtype=torch.uint8), file)
+        writer.complete(step, writer.records, {})
+
+    told = []
+    for step, size in ((1, 4 << 20), (1, 2 << 20), (2, 2 << 20)):
+        try:
+            save(step, size)
+        except StorageError as error:
+            told.append(str(error))
+    (before,) = complete(Path(sys.argv[1]))
+    before.verify()
+    print(json.dumps({"told": told, "step": before.step}))
+"""
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_what_is_needed_and_free(tmp_path: Path) -> None:
+    """A real tmpfs of 3 MiB, in a mount namespace of its own."""
+    command = f'mount -t tmpfs -o size=3m none {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
+    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    try:
+        subprocess.run([*unshare, f"mount -t tmpfs none {tmp_path}"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine allows no tmpfs of our own")
+    done = subprocess.run([*unshare, command, textwrap.dedent(FULL_DISK)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    first, second = found["told"]
+    assert found["step"] == 1
+    assert "No space left on device; a checkpoint takes more than" in first
+    needed, free = (int(word) for word in second.split("checkpoint takes ")[1].split() if word.isdigit())
+    assert 2 << 20 < needed < (2 << 20) + 10_000
+    assert free <= (1 << 20)
+    assert "checkpoint.keep_last=1" in second
+
+
+def test_an_error_that_is_not_the_disks_comes_out_as_it_is(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, 1)
+    writer.begin()
+    with pytest.raises(RuntimeError, match="of another kind"), writer.open("data"):
+        raise RuntimeError("of another kind")
+    os.rename(writer.folder, tmp_path / "elsewhere")
+    (tmp_path / writer.folder.name).write_text("a file in its place")
+    with pytest.raises(StorageError, match="Not a directory"), writer.open("folder/more"):
+        pass
