@@ -26,7 +26,7 @@ from report import machine, save
 from oatlite.messages import MalformedMessage, WeightManifest, decode
 from oatlite.weights import Layout
 
-SLOWEST_S = 2.0
+SLOWEST_S = 0.5
 GROWTH_BYTES = 16 << 20
 WARM_UP = 0.2
 SAMPLES = 100
@@ -53,13 +53,13 @@ def fuzz_decoder(generator: random.Random, num_frames: int) -> Decoded:
     sent = {tuple(frames) for frames in originals}
     for i in range(num_frames):
         way, frames = spoiled(generator, originals)
-        before = time.perf_counter()
+        before = time.thread_time()  # of this thread alone, whatever else the machine does
         try:
             message = decode(frames)
         except MalformedMessage:
             found.refused[way] += 1
             message = None
-        found.slowest_s = max(found.slowest_s, time.perf_counter() - before)
+        found.slowest_s = max(found.slowest_s, time.thread_time() - before)
         if message is not None:
             (found.same if tuple(frames) in sent else found.valid)[way] += 1
             fault = fault_of(message)

@@ -79,15 +79,15 @@ def _talk(generator: random.Random, originals: list[Frames], num_frames: int, fo
     raw_hub.setsockopt(zmq.SNDTIMEO, round(DEADLINE_S * 1000))
     raw_hub.bind(address(folder, "raw"))
     peer, *_ = raw_hub.recv_multipart()  # the other's spoke says that it is there
-    stranger = None
+    strangers: list[zmq.Socket[bytes]] = []  # open until all is read: with a connection goes what nobody has read yet
     asked = answered = 0
     try:
         for i in range(num_frames):
-            if stranger is None or i % NEW_STRANGER_EVERY == 0:
-                stranger = _stranger(context, folder, generator, stranger)
+            if i % NEW_STRANGER_EVERY == 0:
+                strangers.append(_stranger(context, folder, generator))
             _, frames = spoiled(generator, originals)
             if i % 2:
-                stranger.send_multipart(frames)
+                strangers[-1].send_multipart(frames)
             else:
                 raw_hub.send_multipart([peer, *frames])
             if i % REAL_EVERY == 0:
@@ -107,17 +107,14 @@ def _talk(generator: random.Random, originals: list[Frames], num_frames: int, fo
         raise TimeoutError(f"no answer after {i} frames") from None
     finally:
         spoke.close()
-        raw_hub.close(linger=0)
-        if stranger is not None:
-            stranger.close(linger=0)
+        for raw in (raw_hub, *strangers):
+            raw.close(linger=0)
         context.term()
     return asked, answered
 
 
-def _stranger(context: zmq.Context[Any], folder: Path, generator: random.Random, before: Any) -> Any:
+def _stranger(context: zmq.Context[Any], folder: Path, generator: random.Random) -> zmq.Socket[bytes]:
     """A socket under a name of random bytes."""
-    if before is not None:
-        before.close(linger=-1)
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, b"s" + generator.randbytes(generator.randint(1, 40)))
     socket.setsockopt(zmq.SNDTIMEO, round(DEADLINE_S * 1000))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import os
 import pickle
 import re
+import shutil
 import socket
 import stat
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +314,70 @@ def test_a_pickle_that_is_sent_to_a_run_is_dropped_with_a_warning_and_never_open
         assert "dropped a malformed message from stranger" in log
         assert "dropped a unexpected message from stranger: CandidateBatch" in log
     assert "dropped a malformed message from stranger" in seen.run.output, "by the supervisor"
+
+
+def test_ranks_of_sft_meet_without_a_port_that_others_can_reach(llama: Inputs, tmp_path: Path) -> None:
+    arguments = ["sft", "--model", str(llama.policy), "--data", str(llama.prompts), "--output", str(tmp_path / "out")]
+    options = ("--learners", "2", "--batch-size", "8", "--epochs", "4", "--device", "cpu")
+    bound: set[tuple[str, str]] = set()
+    environment = runs.ENVIRONMENT | {"GLOO_SOCKET_IFNAME": another_interface()}
+    with (tmp_path / "output").open("wb") as output:
+        process = subprocess.Popen([runs.OATLITE, *arguments, *options], stdout=output, stderr=output, env=environment)
+        try:
+            deadline = time.monotonic() + runs.DEADLINE_S
+            while process.poll() is None:
+                assert time.monotonic() < deadline, "it does not end"
+                bound |= bound_by(sockets_of(of_the_run()))
+                time.sleep(POLL_S)
+        finally:
+            process.terminate()
+            process.wait(60)
+    assert process.returncode == 0, (tmp_path / "output").read_text()
+    assert ("tcp", "127.0.0.1") in bound, "the ranks speak over it"
+    assert [where for where in bound if not ipaddress.ip_address(where[1]).is_loopback] == []
+
+
+# --------------------------------------------------------------------------- code that comes with a model
+
+
+@pytest.fixture
+def tricky(llama: Inputs, tmp_path: Path) -> tuple[Path, Path]:
+    """A folder of a policy whose configuration names a class of its own, and the file that its code makes."""
+    folder, trap = tmp_path / "tricky", tmp_path / "executed"
+    shutil.copytree(llama.policy, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "tricky", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(
+        f"from transformers import LlamaConfig\nopen({str(trap)!r}, 'w').close()\n"
+        "class Mine(LlamaConfig):\n    model_type = 'tricky'\n"
+    )
+    return folder, trap
+
+
+def dry_run(llama: Inputs, folder: Path, tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    inputs = replace(llama, policy=folder)
+    arguments = [*command(inputs, tmp_path / "runs" / "run", *more), "--dry-run"]
+    environment = runs.ENVIRONMENT | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    return subprocess.run(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, env=environment
+    )
+
+
+def test_code_that_comes_with_a_model_is_not_executed(llama: Inputs, tricky: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, trap = tricky
+    done = dry_run(llama, folder, tmp_path)
+    assert done.returncode == 2, done.stdout
+    assert "trust_remote_code" in done.stdout.strip().splitlines()[-1]
+    assert not trap.exists()
+
+
+def test_code_that_comes_with_a_model_is_executed_when_it_is_asked_for_by_name(
+    llama: Inputs, tricky: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, trap = tricky
+    done = dry_run(llama, folder, tmp_path, "--set", "model.trust_remote_code=true")
+    assert trap.exists(), done.stdout
 
 
 # --------------------------------------------------------------------------- that the tests can fail

@@ -281,6 +281,12 @@ def test_values_of_set(setting: str, value: Any) -> None:
         ("algorithm.options.x=1", ["simpo has beta"]),
         ("algorithm.name=gone.py:Mine", ["there is no file gone.py"]),
         ("algorithm.name={a = ':'}", ["algorithm.name = {'a': ':'}", "must be text"]),
+        # Lists as long as these numbers would fill the memory before anything else could refuse them.
+        ("placement.actors=10000000", ["must be at most 1024"]),
+        ("placement.learners=10000000", ["must be at most 1024"]),
+        ("rollout.prompts_per_step=1000000001", ["must be at most 100000"]),
+        ("learner.micro_batch_size=1000000000", ["must be at most 100000"]),
+        ("learner.batch_size=1000000000", ["must be at most 100000"]),
         ("learner.lr=" + "[" * 3000, ["learner.lr", "nested too deeply"]),
         ("eval.gold_score=score", ["file.py:name"]),
         ("sync.transport=cuda_ipc", ["needs a GPU"]),
