@@ -12,6 +12,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import runs
 import zmq
-from runs import TEMPORARY, Inputs, Run, command, leftovers
+from runs import TEMPORARY, Inputs, Run, command, leftovers, train
 
 from oatlite.messages import CandidateBatch, Hello, Record, encode
 
@@ -318,7 +319,20 @@ def test_a_pickle_that_is_sent_to_a_run_is_dropped_with_a_warning_and_never_open
 
 def test_ranks_of_sft_meet_without_a_port_that_others_can_reach(llama: Inputs, tmp_path: Path) -> None:
     arguments = ["sft", "--model", str(llama.policy), "--data", str(llama.prompts), "--output", str(tmp_path / "out")]
-    options = ("--learners", "2", "--batch-size", "8", "--epochs", "4", "--device", "cpu")
+    options = (
+        "--learners",
+        "2",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "4",
+        "--gpus",
+        "0",
+        "--max-tokens",
+        "64",
+        "--micro-batch-size",
+        "4",
+    )
     bound: set[tuple[str, str]] = set()
     environment = runs.ENVIRONMENT | {"GLOO_SOCKET_IFNAME": another_interface()}
     with (tmp_path / "output").open("wb") as output:
@@ -355,29 +369,25 @@ def tricky(llama: Inputs, tmp_path: Path) -> tuple[Path, Path]:
     return folder, trap
 
 
-def dry_run(llama: Inputs, folder: Path, tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    inputs = replace(llama, policy=folder)
-    arguments = [*command(inputs, tmp_path / "runs" / "run", *more), "--dry-run"]
-    environment = runs.ENVIRONMENT | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    return subprocess.run(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, env=environment
-    )
-
-
 def test_code_that_comes_with_a_model_is_not_executed(llama: Inputs, tricky: tuple[Path, Path], tmp_path: Path) -> None:
     folder, trap = tricky
-    done = dry_run(llama, folder, tmp_path)
-    assert done.returncode == 2, done.stdout
-    assert "trust_remote_code" in done.stdout.strip().splitlines()[-1]
+    run = train(replace(llama, policy=folder), tmp_path / "runs" / "run")
+    assert run.exit_code == 2, run.output
+    assert str(folder) in run.output.strip().splitlines()[-1]
     assert not trap.exists()
 
 
-def test_code_that_comes_with_a_model_is_executed_when_it_is_asked_for_by_name(
-    llama: Inputs, tricky: tuple[Path, Path], tmp_path: Path
+def test_code_that_comes_with_a_model_is_executed_when_it_is_asked_for(
+    tricky: tuple[Path, Path], tmp_path: Path
 ) -> None:
     folder, trap = tricky
-    done = dry_run(llama, folder, tmp_path, "--set", "model.trust_remote_code=true")
-    assert trap.exists(), done.stdout
+    code = "import sys; from oatlite.model_checks import check_language_model as check; "
+    code += "check(sys.argv[1], '--model', trust_remote_code=sys.argv[2] == 'True')"
+    environment = runs.ENVIRONMENT | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    for trust in (False, True):
+        assert not trap.exists()
+        subprocess.run([sys.executable, "-c", code, folder, str(trust)], env=environment, timeout=120, check=False)
+    assert trap.exists()
 
 
 # --------------------------------------------------------------------------- that the tests can fail
