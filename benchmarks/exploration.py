@@ -25,6 +25,7 @@ from report import machine, save
 from oatlite.plots import Curve, draw, write_table
 
 GOAL = 0.8
+QUERIES = 1024
 EVAL_EVERY = 128
 METHODS: dict[str, list[str]] = {
     "passive": [],
@@ -33,11 +34,20 @@ METHODS: dict[str, list[str]] = {
     "uncertainty": ["--explore", "uncertainty"],
     "mixed": ["--explore", "sea-bai", "--set", "explore.self_label_ratio=0.3"],
     "ee4llm": ["--explore", "sea-ee", "--set", "explore.head_only=true", "--best-of-n", "10"],
-    "apl": ["--explore", "apl"],
+    # A half of its prompts is asked about: as many queries a step, and as many gradient steps, as with the others.
+    "apl": ["--explore", "apl", "--prompts-per-step", "128", "--batch-size", "64"],
     "xpo": ["--algo", "xpo", "--beta", "0.1"],
+    "dpo": ["--algo", "dpo", "--beta", "0.1"],
+    "dpo-hybrid": ["--algo", "dpo", "--beta", "0.1", "--sampler", "hybrid"],
     "reference": ["--sampler", "reference"],
     "hybrid": ["--sampler", "hybrid"],
     "mixture": ["--sampler", "mixture"],
+}
+
+
+PANELS = {
+    "which pair is asked about": ("passive", "sea-bai", "sea-ee", "uncertainty", "mixed", "ee4llm", "apl"),
+    "whom a pair is sampled from": ("passive", "reference", "hybrid", "mixture", "dpo", "dpo-hybrid", "xpo"),
 }
 
 
@@ -80,7 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--queries", type=int, default=1024)
+    parser.add_argument("--queries", type=int, default=QUERIES)
     parser.add_argument("--folder", type=Path, default=Path("exploration"))
     given = parser.parse_args()
     unknown = [name for name in given.methods.split(",") if name not in METHODS]
@@ -116,9 +126,12 @@ def main() -> int:
         ]
         print(method.ljust(12), *(cell.rjust(18) for cell in cells), flush=True)
     write_table(given.folder / "exploration.csv", curves, "queries")
-    draw(given.folder / "exploration", {"demo": curves}, x_name="oracle queries", y_name="win rate on held-out prompts")
-    print(machine())
-    print(save("exploration", goal=GOAL, queries=given.queries, seeds=given.seeds, rows=rows))
+    panels = {title: {name: curves[name] for name in names if name in curves} for title, names in PANELS.items()}
+    labels = {"x_name": "oracle queries", "y_name": "win rate on held-out prompts"}
+    pictures = draw(given.folder / "exploration", panels, **labels, y_limits=(0.0, 1.0))
+    print(machine(), *pictures, sep="\n")
+    name = "exploration" if given.queries == QUERIES else f"exploration-{given.queries}-queries"
+    print(save(name, goal=GOAL, queries=given.queries, seeds=given.seeds, rows=rows))
     return 0
 
 

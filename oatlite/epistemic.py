@@ -1,10 +1,14 @@
-"""Training of the epistemic reward head: a bounded buffer of comparisons, and a few steps on it now and then."""
+"""Training of the epistemic reward head: a bounded buffer of comparisons, and a few steps on it now and then; and the
+head as a folder."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oatlite.maths.ensemble import EpistemicHead, head_loss
@@ -117,3 +121,24 @@ class HeadTrainer:
         self._generator.set_state(state["generator"])
         self._ring, self._start = state["comparisons"].clone(), 0
         self._count = len(self._ring)
+
+
+def save_head(folder: Path, head: EpistemicHead, *, encoder: str) -> None:
+    """Write ``head.safetensors`` and ``head.json``, which says how large it is and whose features it reads."""
+    num_members, num_features, hidden_size = head.weights[0].shape
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()},
+        folder / "head.safetensors",
+    )
+    about = {"num_features": num_features, "num_members": num_members, "hidden_size": hidden_size, "encoder": encoder}
+    (folder / "head.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def load_head(folder: Path) -> EpistemicHead:
+    """What :func:`save_head` wrote, on the CPU."""
+    about = json.loads((folder / "head.json").read_text())
+    head = EpistemicHead(
+        about["num_features"], num_members=about["num_members"], hidden_size=about["hidden_size"], seed=0
+    )
+    head.load_state_dict(load_file(folder / "head.safetensors"))
+    return head

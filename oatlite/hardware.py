@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +22,12 @@ class Gpu(NamedTuple):
 
 def gpu_names() -> list[str]:
     """Names of the GPUs that a process started here can use, in the order in which CUDA numbers them."""
-    gpus = visible(_all_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return [gpu.name for gpu in gpus]
+    return [gpu.name for gpu in visible_gpus()]
+
+
+def visible_gpus() -> list[Gpu]:
+    """The GPUs that a process started here can use, in the order in which CUDA numbers them."""
+    return visible(all_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def visible(gpus: list[Gpu], mask: str | None) -> list[Gpu]:
@@ -44,19 +49,29 @@ def visible(gpus: list[Gpu], mask: str | None) -> list[Gpu]:
     return left
 
 
-def _all_gpus() -> list[Gpu]:
+def all_gpus() -> list[Gpu]:
+    rows = nvidia_smi("--query-gpu=uuid,name")
+    if rows is None:
+        return _driver_gpus()
+    return [Gpu(uuid, name) for uuid, name in rows]
+
+
+def nvidia_smi(query: str) -> list[list[str]] | None:
+    """The rows that nvidia-smi answers to ``query``; None where there is none, or it fails."""
     command = shutil.which("nvidia-smi")
     if command is None:
-        return _driver_gpus()
+        return None
+    fields = query.count(",") + 1
     try:
-        query = [command, "--query-gpu=uuid,name", "--format=csv,noheader"]
-        answer = subprocess.run(query, check=False, capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(
+            [command, query, "--format=csv,noheader,nounits"], check=False, capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
-        return _driver_gpus()
+        return None
     if answer.returncode != 0:
-        return _driver_gpus()
-    rows = (line.split(",", 1) for line in answer.stdout.splitlines() if "," in line)
-    return [Gpu(uuid.strip(), name.strip()) for uuid, name in rows]
+        return None
+    rows = ([cell.strip() for cell in line.split(",", fields - 1)] for line in answer.stdout.splitlines())
+    return [row for row in rows if len(row) == fields]
 
 
 def _driver_gpus() -> list[Gpu]:
@@ -71,6 +86,14 @@ def _driver_gpus() -> list[Gpu]:
         if Path(f"/dev/nvidia{fields.get('Device Minor', '')}").exists():
             found.append(Gpu(fields.get("GPU UUID", ""), fields.get("Model", "GPU")))
     return found
+
+
+def expandable_segments(environment: Mapping[str, str]) -> str | None:
+    """The variable that has torch's allocator use expandable segments, which CUDA IPC cannot share; else None."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if re.search(r"expandable_segments\s*:\s*true", environment.get(name, ""), flags=re.IGNORECASE):
+            return name
+    return None
 
 
 def usable_cores() -> tuple[int, ...]:

@@ -6,6 +6,7 @@ The supervisor knows only this interface; another launcher can place the same ro
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import signal
@@ -20,6 +21,19 @@ from oatlite import reaper
 
 STOP_GRACE_S = 5.0
 REAPER_S = 15.0
+PREFIX = "oatlite-"
+LONGEST_BASE_BYTES = 59
+RUN_VARIABLE = "OATLITE_RUN"
+"""In the environment of every process of a run, the run's private folder."""
+
+
+def socket_base() -> Path:
+    """Where private folders are made: the folder for temporary files, or ``/tmp`` where that lies too deep.
+
+    A socket path must stay under 108 bytes.
+    """
+    base = tempfile.gettempdir()
+    return Path(base if len(os.fsencode(base)) <= LONGEST_BASE_BYTES else "/tmp")
 
 
 class Worker:
@@ -51,13 +65,17 @@ class Worker:
 
 
 class LocalLauncher:
-    """Owns the run's private folder and its reaper. Use as a context manager: leaving it leaves nothing behind."""
+    """Owns the run's private folder and its reaper. Use as a context manager: leaving it leaves nothing behind.
+
+    The folder is named after the run and locked while the launcher lives, which says whose leftovers are whose.
+    """
 
     def __init__(self, segment_prefix: str) -> None:
-        # The default folder for temporary files may be deep, and a socket path must stay under 108 bytes.
-        base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
         self.run_id = secrets.token_hex(6)
-        self.private_dir = Path(tempfile.mkdtemp(prefix="oatlite-", dir=base))
+        self.private_dir = socket_base() / f"{PREFIX}{self.run_id}"
+        self.private_dir.mkdir(mode=0o700)
+        self._lock = os.open(self.private_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
         self._leftovers = (str(self.private_dir), f"{segment_prefix}{self.run_id}-")
         self._reaper = subprocess.Popen(
             [sys.executable, "-I", "-S", reaper.__file__, *self._leftovers],
@@ -77,13 +95,14 @@ class LocalLauncher:
             self._reaper.stdin.close()
         if self._reaper.wait(REAPER_S) != 0:  # it was killed itself
             reaper.remove_leftovers(*self._leftovers, self._started)
+        os.close(self._lock)
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Worker:
         """Start ``command`` with output to the end of ``log``; the reaper knows of it from its first moment."""
         with log.open("ab") as output:
             process = subprocess.Popen(
                 command,
-                env=dict(environment),
+                env={**environment, RUN_VARIABLE: str(self.private_dir)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -65,11 +65,18 @@ def write_table(path: Path, curves: Mapping[str, Curve], x_name: str) -> None:
 
 
 def draw(
-    stem: Path, panels: Mapping[str, Mapping[str, Curve]], *, x_name: str, y_name: str, is_log: bool = False
+    stem: Path,
+    panels: Mapping[str, Mapping[str, Curve]],
+    *,
+    x_name: str,
+    y_name: str,
+    y_limits: tuple[float, float] | None = None,
+    is_log: bool = False,
 ) -> list[Path]:
     """A picture with a panel for each entry, by title, as PNG and as PDF beside each other; gives both paths.
 
-    A curve has the same colour in every panel. On a logarithmic axis everything must be positive.
+    A curve has the same colour in every panel, and from the eleventh on another stroke. With ``y_limits`` all panels
+    show that range. On a logarithmic axis everything must be positive.
     """
     import matplotlib
 
@@ -78,15 +85,23 @@ def draw(
 
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    strokes = {name: ("-", "--", ":")[i // 10 % 3] for i, name in enumerate(names)}
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False, layout="constrained", sharey=is_log
+        1,
+        len(panels),
+        figsize=(5.5 * len(panels), 4),
+        squeeze=False,
+        layout="constrained",
+        sharey=is_log or y_limits is not None,
     )
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for name, curve in curves.items():
-            axis.plot(curve.x, curve.middle, color=colours[name], label=name)
+            axis.plot(curve.x, curve.middle, strokes[name], color=colours[name], label=name)
             axis.fill_between(curve.x, curve.low, curve.high, color=colours[name], alpha=0.2, lw=0)
         axis.set_title(title)
         axis.set_xlabel(x_name)
+        if y_limits is not None:
+            axis.set_ylim(y_limits)
         if is_log:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)

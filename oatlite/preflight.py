@@ -65,7 +65,7 @@ def check(config: Config) -> Plan:
         limit = min(limit, max_positions(reference))
     if not config.rollout.offline:
         check_oracle_models(config)
-    _check_algorithm(config)
+    check_algorithm(config)
     if config.explore.rule not in ("none", "apl"):
         check_encoder(config)
     if config.eval.gold_score is not None:
@@ -133,7 +133,8 @@ def _offline_plan(
     )
 
 
-def _check_algorithm(config: Config) -> None:
+def check_algorithm(config: Config) -> None:
+    """Refuse an algorithm, exploration and sampler that do not go together."""
     from oatlite.algorithms import build_algorithm
     from oatlite.samplers import sampling_plan
 
@@ -159,6 +160,23 @@ def _check_exploring(config: Config, algorithm: Algorithm) -> None:
             f"--explore apl goes by the policy's own log-probabilities, and --sampler {config.rollout.sampler} samples "
             "others",
             "leave one of them out",
+        )
+    if rule == "apl" and (config.explore.head_only or config.explore.self_label_ratio):
+        option, off = ("head_only", False) if config.explore.head_only else ("self_label_ratio", 0)
+        raise ConfigError(
+            f"explore.{option} is for the epistemic head, and --explore apl has none",
+            f"type {to_type(f'explore.{option}', off)}, or --explore sea-ee",
+        )
+    if rule not in ("apl", "passive") and config.rollout.sampler in ("hybrid", "mixture"):
+        raise ConfigError(
+            f"--explore {rule} chooses among all candidates, and --sampler {config.rollout.sampler} wants one of each "
+            "of two samplers",
+            "type --explore passive, or --sampler policy",
+        )
+    if config.explore.head_only and config.eval.prompts and config.eval.best_of_n == 1:
+        raise ConfigError(
+            "explore.head_only leaves the policy as it is, and its greedy answers do not change",
+            f"add {to_type('eval.best_of_n', 10)}, which the head picks by",
         )
     if config.explore.self_label_ratio and algorithm.needs.margins:
         raise ConfigError(

@@ -9,6 +9,7 @@ every actor has acknowledged the bucket that lay in it.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import math
 import mmap
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 from oatlite.errors import ConfigError, StorageError
+from oatlite.hardware import expandable_segments
 from oatlite.messages import CudaIpcHandle, MalformedMessage, ShmHandle, WeightManifest
 
 SHM_FOLDER = Path("/dev/shm")
@@ -184,13 +186,17 @@ class SharedBuffer(ABC):
 
 
 class ShmBuffer(SharedBuffer):
-    """POSIX shared memory: a file under /dev/shm, 0600, with an unguessable name, all of it reserved at once."""
+    """POSIX shared memory: a file under /dev/shm, 0600, with an unguessable name, all of it reserved at once.
+
+    Both ends hold a lock on it while they have it mapped, so that a segment without any is known to be a dead run's.
+    """
 
     def __init__(self, num_bytes: int, run_id: str) -> None:
         self._path = SHM_FOLDER / f"{SHM_PREFIX}{run_id}-{secrets.token_hex(8)}"
         self._num_bytes = num_bytes
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # the mapping keeps a copy of the descriptor, and the lock with it
             os.posix_fallocate(descriptor, 0, num_bytes)
             self._map = mmap.mmap(descriptor, num_bytes)
         except OSError as error:
@@ -225,9 +231,10 @@ class CudaIpcBuffer(SharedBuffer):
     """GPU memory shared through one CUDA IPC handle."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
-        if "expandable_segments:true" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "").lower():
+        variable = expandable_segments(os.environ)
+        if variable is not None:
             raise ConfigError(
-                "CUDA IPC does not work with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+                f"CUDA IPC does not work with {variable}=expandable_segments:True",
                 "unset it, or use --set sync.transport=shm",
             )
         self._device = device
@@ -282,6 +289,7 @@ def _open_shm(handle: ShmHandle) -> torch.Tensor:
         status = os.fstat(descriptor)
         if status.st_uid != os.getuid() or status.st_size != handle.num_bytes:
             raise MalformedMessage(f"segment of {status.st_size} bytes where {handle.num_bytes} were announced")
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
         mapped = mmap.mmap(descriptor, handle.num_bytes, prot=mmap.PROT_READ)
     finally:
         os.close(descriptor)

@@ -65,6 +65,22 @@ OFFLINE_UNREAD = (
     *("eval.gold_score", "eval.oracle", "eval.best_of_n", "eval.online", "eval.every_queries"),
 )
 
+HEAD_RULES = ("sea-bai", "sea-ee", "uncertainty", "passive")
+EXPLORE_READ_BY: dict[str, tuple[str, ...]] = {
+    **{f"explore.{name}": ("apl",) for name in ("entropy_share", "certainty_share")},
+    **{f"explore.{name}": ("sea-ee",) for name in ("max_tries", "allow_second_best")},
+    "explore.uncertainty": ("sea-bai", "uncertainty"),
+    "explore.random_fallback": ("sea-bai", "sea-ee", "uncertainty"),
+    **{
+        f"explore.{name}": HEAD_RULES
+        for name in (
+            *("encoder", "head_only", "self_label_ratio", "burn_in", "members", "hidden_size", "lr", "weight_decay"),
+            *("gradient_steps", "batch_size", "pull", "fixed_pull", "buffer_size", "learn_until"),
+        )
+    },
+}
+"""By option of ``[explore]``: the rules that read it; all others are read by every rule."""
+
 
 def load_config(
     *,
@@ -101,8 +117,7 @@ def load_config(
         check_key(key, given.source, _algorithm(merged))
     config = _validate(merged)
     _check_task(config)
-    if config.explore.rule == "none":
-        _check_exploration(merged)
+    _check_exploration(merged)
     if is_offline:
         _check_all_is_read(merged)
     return config
@@ -296,10 +311,21 @@ def _check_template(config: Config) -> None:
 
 
 def _check_exploration(merged: Layer) -> None:
-    """Refuse options that were typed for a rule that there is none of."""
+    """Refuse options that were typed and that the rule of exploration, or the sampler, does not read."""
+    rule, sampler = (
+        merged[key].value if key in merged else none
+        for key, none in (("explore.rule", "none"), ("rollout.sampler", "policy"))
+    )
     for key, given in merged.items():
-        if key.startswith("explore.") and key != "explore.rule" and given.source.startswith("--"):
+        if not given.source.startswith("--"):
+            continue
+        if key.startswith("explore.") and key != "explore.rule" and rule == "none":
             raise ConfigError(f"{given.source} is for exploration, and there is none", "add --explore sea-bai")
+        if key in EXPLORE_READ_BY and rule not in EXPLORE_READ_BY[key]:
+            readers = " or ".join(EXPLORE_READ_BY[key])
+            raise ConfigError(f"{given.source} is for --explore {readers}, and this is {rule}", "leave it out")
+        if key == "sampling.mixture_weight" and sampler != "mixture" and _algorithm(merged) in ALGORITHM_CONFIGS:
+            raise ConfigError(f"{given.source} is for --sampler mixture, and this is {sampler}", "leave it out")
 
 
 def _check_all_is_read(merged: Layer) -> None:

@@ -97,10 +97,27 @@ def gradient_steps(config: Config, step: int, *, passes: int | None = None) -> i
 
 def pairs_of_step(config: Config) -> int:
     """Pairs that the oracle is asked about in a step: one for each prompt, or for a share of them."""
-    per_step, explore = config.rollout.prompts_per_step, config.explore
+    return pairs_of_prompts(config, config.rollout.prompts_per_step)
+
+
+def pairs_of_prompts(config: Config, num_prompts: int) -> int:
+    """Pairs that the oracle is asked about, all ranks together, where a step has ``num_prompts``."""
+    explore, ranks = config.explore, config.placement.learners or 1
     if explore.rule != "apl":
-        return per_step
-    return math.ceil(per_step * explore.entropy_share * explore.certainty_share)
+        return num_prompts
+    parts = [num_prompts * (rank + 1) // ranks - num_prompts * rank // ranks for rank in range(ranks)]
+    return sum(share_of(explore.certainty_share, share_of(explore.entropy_share, part)) for part in parts)
+
+
+def share_of(share: float, count: int) -> int:
+    """``share`` of ``count``, rounded up."""
+    return math.ceil(share * count - 1e-9)
+
+
+def prompts_within(config: Config, num_queries: int) -> int:
+    """The most prompts of a step, one at least, that ask for no more than ``num_queries`` pairs."""
+    counts = range(config.rollout.prompts_per_step, 0, -1)
+    return next((count for count in counts if pairs_of_prompts(config, count) <= num_queries), 1)
 
 
 def actors_of_rank(config: Config, rank: int) -> list[int]:

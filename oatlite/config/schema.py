@@ -214,6 +214,11 @@ class ExploreConfig(Section):
     encoder: str | None = Field(
         None, description="model whose features the head reads; default: the oracle's own, if it is one"
     )
+    uncertainty: Literal["preference", "logits", "disagreement"] = Field(
+        "preference",
+        description="sea-bai, uncertainty: what the head's members differ in, their probabilities of the verdict, "
+        "their differences of rewards, or what the verdict would tell about them",
+    )
     random_fallback: bool = Field(
         True, description="a second choice equal to the first becomes a random other; else the prompt is left out"
     )

@@ -8,12 +8,15 @@ gives a :class:`Duels`; ties go to the lowest index. Shape suffixes: E members, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 Rewards = npt.NDArray[np.floating]
+Measure = Callable[["Rewards"], npt.NDArray[np.float64]]
+"""How little is known of the comparison of i with j, (M, N, N), from rewards (E, M, N); nothing is left at 0."""
 Indices = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
@@ -42,16 +45,43 @@ def draw_members(rng: np.random.Generator, num_members: int, num_prompts: int) -
     return rng.permuted(np.tile(np.arange(num_members), (num_prompts, 1)), axis=1)
 
 
-def best_arm_duels(rewards: Rewards, members: Indices) -> Duels:
+def preference_variance(rewards: Rewards) -> npt.NDArray[np.float64]:
+    """The variance over members of P(i beats j) by Bradley-Terry, (M, N, N): that of SEA's algorithm 1. With a single
+    member nothing varies, and all is 0."""
+    return _variance(_probabilities(rewards))
+
+
+def logits_variance(rewards: Rewards) -> npt.NDArray[np.float64]:
+    """The variance over members of ``r_i - r_j``, (M, N, N): what SEA's published code takes in its place."""
+    return _variance(_margins(rewards))
+
+
+def disagreement(rewards: Rewards) -> npt.NDArray[np.float64]:
+    """What the verdict on (i, j) would tell about which member is right, in nats, (M, N, N): the mean divergence
+    KL(p_e || p) of the members' Bernoulli verdicts from that of their mean."""
+    probabilities = _probabilities(rewards)
+    mean = probabilities.mean(0)
+    return np.maximum(0.0, _entropy(mean) - _entropy(probabilities).mean(0))
+
+
+MEASURES: dict[str, Measure] = {
+    "preference": preference_variance,
+    "logits": logits_variance,
+    "disagreement": disagreement,
+}
+"""By the name that ``explore.uncertainty`` takes."""
+
+
+def best_arm_duels(rewards: Rewards, members: Indices, measure: Measure = preference_variance) -> Duels:
     """Best-arm identification by Thompson sampling: the best candidate of a posterior sample, against the one whose
-    comparison with it is the least certain (by :func:`logits_variance`).
+    comparison with it is the least certain by ``measure``.
 
     ``members`` (M, E) are as of :func:`draw_members`; the first of each is the sample. A clash where the members agree
-    about all differences.
+    about all comparisons with it.
     """
     prompts = np.arange(rewards.shape[1])
     first = rewards.argmax(2)[members[:, 0], prompts]
-    unknown = logits_variance(rewards)[prompts, first]
+    unknown = measure(rewards)[prompts, first]
     second = unknown.argmax(1)
     return Duels(first, np.where(unknown[prompts, second] > 0, second, first))
 
@@ -80,12 +110,12 @@ def explore_exploit_duels(
     return Duels(first, second)
 
 
-def uncertainty_duels(rewards: Rewards) -> Duels:
+def uncertainty_duels(rewards: Rewards, measure: Measure = preference_variance) -> Duels:
     """Pure exploration: the pair whose comparison is the least certain, whatever its rewards. A clash where the
-    members agree about all differences."""
-    unknown = logits_variance(rewards)
+    members agree about all comparisons."""
+    unknown = measure(rewards)
     num_prompts, num_candidates, _ = unknown.shape
-    pairs = unknown.reshape(num_prompts, -1).argmax(1)
+    pairs = unknown.reshape(num_prompts, num_candidates**2).argmax(1)
     return Duels(pairs // num_candidates, pairs % num_candidates)
 
 
@@ -130,30 +160,6 @@ def most_separated_pairs(implicit_rewards: Rewards, share: float) -> tuple[Indic
 def _highest(values: npt.NDArray[np.floating], share: float) -> Indices:
     count = math.ceil(share * len(values) - 1e-9)
     return np.sort(np.argsort(-values, kind="stable")[:count])
-
-
-def logits_variance(rewards: Rewards) -> npt.NDArray[np.float64]:
-    """The variance over members of ``r_i - r_j``, (M, N, N); with a single member nothing varies, and all is 0."""
-    return _variance(_margins(rewards))
-
-
-def probabilities_variance(rewards: Rewards) -> npt.NDArray[np.float64]:
-    """The variance over members of P(i beats j) by Bradley-Terry, (M, N, N)."""
-    return _variance(_probabilities(rewards))
-
-
-def bernoulli_variance(rewards: Rewards) -> npt.NDArray[np.float64]:
-    """The variance of the verdict itself, p (1 - p) of the mean probability p, (M, N, N): knowable or not."""
-    mean = _probabilities(rewards).mean(0)
-    return mean * (1 - mean)
-
-
-def disagreement(rewards: Rewards) -> npt.NDArray[np.float64]:
-    """What the verdict on (i, j) would tell about which member is right, in nats, (M, N, N): the mean divergence
-    KL(p_e || p) of the members' Bernoulli verdicts from that of their mean."""
-    probabilities = _probabilities(rewards)
-    mean = probabilities.mean(0)
-    return np.maximum(0.0, _entropy(mean) - _entropy(probabilities).mean(0))
 
 
 def _margins(rewards: Rewards) -> npt.NDArray[np.float64]:

@@ -27,7 +27,7 @@ from oatlite.errors import (
     OracleError,
 )
 from oatlite.hardware import gpu_names, usable_cores
-from oatlite.launcher import LocalLauncher, Worker
+from oatlite.launcher import RUN_VARIABLE, LocalLauncher, Worker
 from oatlite.oracles.feedback import PATH
 from oatlite.oracles.server_settings import FAILED, READY, TOKEN, ServerSettings, WorkerSettings, environment
 
@@ -84,7 +84,7 @@ def serve(options: ServeOptions, announce: Callable[[str], None]) -> int:
         settings = _settings(options, name, places, address, launcher.private_dir)
         process = subprocess.Popen(
             [sys.executable, "-m", "oatlite.oracles.server", f"/oatlite-{launcher.run_id}"],
-            env=environment(os.environ) | {"TMPDIR": str(launcher.private_dir)},
+            env=environment(os.environ) | dict.fromkeys(("TMPDIR", RUN_VARIABLE), str(launcher.private_dir)),
             stdin=subprocess.PIPE,
             start_new_session=True,
         )

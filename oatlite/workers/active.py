@@ -36,8 +36,9 @@ class ActivePreferences:
         del step
         start = time.perf_counter()
         options = self._config.explore
-        policy = np.array([[float(c.logprobs.sum()) for c in one.candidates] for one in sets], np.float64)
-        asked = least_certain_prompts(policy.reshape(len(sets), -1), options.entropy_share)
+        sums = [[float(candidate.logprobs.sum()) for candidate in one.candidates] for one in sets]
+        policy = np.array(sums, np.float64).reshape(len(sets), options.num_candidates)
+        asked = least_certain_prompts(policy, options.entropy_share)
         reference = self._reference([sets[m] for m in asked])
         kept, first, second = most_separated_pairs(policy[asked] - reference, options.certainty_share)
         duels = [Duel(int(asked[k]), int(one), int(other)) for k, one, other in zip(kept, first, second, strict=True)]

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oatlite.algorithms.base import Algorithm, Candidate, CandidateSet
+from oatlite.config.resolve import prompts_within
 from oatlite.config.schema import Config, SamplingConfig
 from oatlite.data import PromptSet, epoch_order
 from oatlite.errors import ConfigError
@@ -83,7 +84,7 @@ class Experience:
         """
         of_step, epoch = rows_of_step(len(self._prompts), step, self._config)
         if self._config.data.max_queries is not None:
-            of_step = of_step[: self._config.data.max_queries - num_queries]
+            of_step = of_step[: prompts_within(self._config, self._config.data.max_queries - num_queries)]
         indices: list[int] = self._share.of(of_step)
         samplers = self._plan()
         seeds = sample_seeds(

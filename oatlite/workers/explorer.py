@@ -19,7 +19,9 @@ from oatlite.config.schema import Config, ExploreConfig
 from oatlite.epistemic import HeadTrainer
 from oatlite.maths.ensemble import EpistemicHead
 from oatlite.maths.exploration import (
+    MEASURES,
     Duels,
+    Indices,
     Rewards,
     best_arm_duels,
     draw_members,
@@ -62,16 +64,21 @@ class Explorer:
     def choose(self, sets: Sequence[CandidateSet], step: int) -> Choice:
         """Which two candidates of each prompt meet in ``step``, and which pairs the head labels itself.
 
-        A prompt whose duel would be one candidate against itself is left out.
+        A prompt whose duel would be one candidate against itself is left out. So is a candidate that the encoder
+        cannot take: the first that it can stands in for it.
         """
-        features, seconds = self._features(sets)
+        if not sets:
+            return Choice(
+                duels=[], is_self_labelled=np.zeros(0, np.bool_), features=np.zeros((0, 2, 0), np.float32), seconds=0.0
+            )
+        features, stand_in, seconds = self._features(sets)
         start = time.perf_counter()
         rewards = self._rewards(features)
-        options = self._config.explore
+        options, prompts = self._config.explore, np.arange(len(sets))
         duels = select(rewards, options, self._draws(SELECT_DRAWS, step))
         own = self._self_labelled(rewards, step)
-        first = np.where(own.is_there, own.first, duels.first)
-        second = np.where(own.is_there, own.second, duels.second)
+        first = stand_in[prompts, np.where(own.is_there, own.first, duels.first)]
+        second = stand_in[prompts, np.where(own.is_there, own.second, duels.second)]
         kept = np.flatnonzero(first != second)
         return Choice(
             duels=[Duel(int(m), int(first[m]), int(second[m])) for m in kept],
@@ -83,8 +90,11 @@ class Explorer:
 
     def best(self, sets: Sequence[CandidateSet]) -> list[int]:
         """The candidate of each prompt that the members like best on average."""
-        features, _ = self._features(sets)
-        favourites: list[int] = self._rewards(features).mean(0).argmax(1).tolist()
+        if not sets:
+            return []
+        features, stand_in, _ = self._features(sets)
+        best = self._rewards(features).mean(0).argmax(1)
+        favourites: list[int] = stand_in[np.arange(len(sets)), best].tolist()
         return favourites
 
     def learn(self, comparisons: Float32, num_asked: int, num_before: int) -> dict[str, float]:
@@ -103,14 +113,21 @@ class Explorer:
             num_queries += asked
             gathered.append(theirs)
         until = self._config.explore.learn_until
-        if self._trainer is None or (until is not None and num_queries > until):
+        gathered = [part for part in gathered if len(part)]  # a rank without prompts knows no width of features
+        if until is not None and num_queries > until:
             return {}
+        if not gathered:
+            return {} if self._trainer is None else self._trainer.learn(num_queries)
         chosen, rejected = torch.from_numpy(np.concatenate(gathered)).unbind(1)
-        figures = {}
-        if len(chosen):
-            figures["accuracy"] = self._trainer.accuracy(chosen, rejected)
-            self._trainer.add(chosen, rejected)
-        return figures | self._trainer.learn(num_queries)
+        trainer = self._trainer_for(chosen.shape[-1])
+        figures = {"accuracy": trainer.accuracy(chosen, rejected)}
+        trainer.add(chosen, rejected)
+        return figures | trainer.learn(num_queries)
+
+    @property
+    def head(self) -> EpistemicHead | None:
+        """None before the first features."""
+        return None if self._trainer is None else self._trainer.head
 
     def state(self) -> dict[str, torch.Tensor]:
         """For a checkpoint, tensors by name; nothing before the first features."""
@@ -119,14 +136,20 @@ class Explorer:
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         self._trainer_for(state["comparisons"].shape[-1]).restore(state)
 
-    def _features(self, sets: Sequence[CandidateSet]) -> tuple[Float32, float]:
-        """(M, N, D), what the encoder cannot take being zero, and seconds."""
+    def _features(self, sets: Sequence[CandidateSet]) -> tuple[Float32, Indices, float]:
+        """Features (M, N, D), whose they are (M, N), and seconds.
+
+        In the place of a candidate that the encoder cannot take are those of the first that it can, and zeros where it
+        can take none.
+        """
         found, seconds = self._actors.encode(
             [one.prompt for one in sets for _ in one.candidates],
             [candidate.text for one in sets for candidate in one.candidates],
         )
-        num_candidates = len(sets[0].candidates) if sets else 1
-        return np.nan_to_num(found).reshape(len(sets), num_candidates, found.shape[-1]), seconds
+        features = found.reshape(len(sets), -1, found.shape[-1])
+        is_known = ~np.isnan(features).any(2)
+        stand_in = np.where(is_known, np.arange(is_known.shape[1]), is_known.argmax(1)[:, None])
+        return np.nan_to_num(features[np.arange(len(sets))[:, None], stand_in]), stand_in, seconds
 
     def _rewards(self, features: Float32) -> Rewards:
         """(E, M, N)"""
@@ -179,13 +202,13 @@ def select(rewards: Rewards, options: ExploreConfig, rng: np.random.Generator) -
     members = draw_members(rng, num_members, num_prompts)
     match options.rule:
         case "sea-bai":
-            duels = best_arm_duels(rewards, members)
+            duels = best_arm_duels(rewards, members, MEASURES[options.uncertainty])
         case "sea-ee":
             duels = explore_exploit_duels(
                 rewards, members, max_tries=options.max_tries, allow_second_best=options.allow_second_best
             )
         case "uncertainty":
-            duels = uncertainty_duels(rewards)
+            duels = uncertainty_duels(rewards, MEASURES[options.uncertainty])
         case _:
             duels = passive_duels(num_prompts)
     return duels.with_random_others(num_candidates, rng) if options.random_fallback else duels

@@ -18,6 +18,7 @@ from oatlite.checkpoint import checkpoints_of, read
 from oatlite.config.resolve import gradient_steps
 from oatlite.config.schema import Config
 from oatlite.data import load_prompts, load_tokenizer
+from oatlite.epistemic import save_head
 from oatlite.loading import load_callable
 from oatlite.lora import (
     Published,
@@ -29,6 +30,7 @@ from oatlite.lora import (
     merged_parameters,
     write_adapter,
 )
+from oatlite.maths.ensemble import EpistemicHead
 from oatlite.metrics.sinks import Sink, WandbSink
 from oatlite.models import ForwardBatch, PairModel, checkpoint_gradients, choose_layout, load_policy, save_policy
 from oatlite.output_folder import complete_or_absent
@@ -135,6 +137,7 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
                 spec,
                 policy,
                 {way: policies.copy_to_host(dtype, one, is_kept=is_kept) for way, one in published.items()},
+                head.head if head is not None else None,
             )
     if journal is not None:
         journal.close()
@@ -203,8 +206,14 @@ def _load_policy(spec: WorkerSpec) -> tuple[PairModel, dict[str, dict[str, Publi
     return policy, {"merged": merged_parameters(policy.model), "adapter": adapter_parameters(policy.model)}
 
 
-def _save(spec: WorkerSpec, policy: PairModel, weights: Mapping[str, dict[str, torch.Tensor]]) -> None:
-    """Leave the last policy behind, by the first rank: as a model, and its adapter alone if it has one."""
+def _save(
+    spec: WorkerSpec,
+    policy: PairModel,
+    weights: Mapping[str, dict[str, torch.Tensor]],
+    head: EpistemicHead | None,
+) -> None:
+    """Leave the last policy behind, by the first rank: as a model, and its adapter alone if it has one; and the head
+    of exploration."""
     if spec.index != 0:
         return
     base, adapter = str(spec.config.model.path), adapter_of(spec.config.lora)
@@ -213,6 +222,9 @@ def _save(spec: WorkerSpec, policy: PairModel, weights: Mapping[str, dict[str, t
     if adapter is not None:
         with complete_or_absent(spec.run_dir / "adapter") as folder:
             write_adapter(folder, weights["adapter"], adapter, base=base)
+    if head is not None:
+        with complete_or_absent(spec.run_dir / "head") as folder:
+            save_head(folder, head, encoder=spec.config.explore.encoder or spec.config.oracle.path[0])
 
 
 def _ranks(spec: WorkerSpec, device: torch.device) -> Ranks:

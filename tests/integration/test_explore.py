@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from runs import Inputs, Run, leftovers, read_lines, train
 from safetensors.torch import load_file
 from small_pairrm import save_pairrm
+
+from oatlite.epistemic import load_head
 
 SMALL = ("--num-candidates", "4", "--set", "explore.members=5", "--set", "explore.hidden_size=16")
 
@@ -36,17 +39,40 @@ def test_a_run_with_sea_asks_about_chosen_pairs_and_learns_a_head(explored: Run)
 
 def test_active_preference_learning_asks_about_a_part_of_the_prompts(demo: Inputs, tmp_path: Path) -> None:
     shares = ("--set", "explore.entropy_share=0.75", "--set", "explore.certainty_share=0.5")
-    run = train(demo, tmp_path / "apl", "--algo", "simpo", "--explore", "apl", "--num-candidates", "3", *shares)
+    two = ("--learners", "2", "--actors", "2")
+    run = train(demo, tmp_path / "apl", "--algo", "simpo", "--explore", "apl", "--num-candidates", "3", *shares, *two)
     assert run.exit_code == 0, run.output
     pairs = read_lines(run.folder / "samples.jsonl")
-    assert len(pairs) == 3 * 6, "a half of three quarters of 16"
+    assert len(pairs) == 3 * 2 * 3, "of each rank a half of three quarters of 8"
     assert run.records("step")[-1]["queries"] == sum(pair["chosen"] != pair["rejected"] for pair in pairs)
     assert run.records("step")[-1]["trained_pairs"] > 0
 
 
+@pytest.mark.parametrize("more", [("uncertainty", "policy"), ("passive", "hybrid")])
+def test_the_other_rules(more: tuple[str, str], demo: Inputs, tmp_path: Path) -> None:
+    rule, sampler = more
+    short = ("--max-prompts", "32", "--eval-prompts", "0")
+    run = train(demo, tmp_path / rule, "--algo", "dpo", "--explore", rule, "--sampler", sampler, *SMALL, *short)
+    assert run.exit_code == 0, run.output
+    pairs = read_lines(run.folder / "samples.jsonl")
+    expected = ["policy", "reference"] if sampler == "hybrid" else ["policy", "policy"]
+    assert pairs and all(sorted(pair["samplers"]) == expected for pair in pairs)
+    steps = run.records("step")
+    assert all(record["head/loss"] > 0 for record in steps) and steps[-1]["trained_pairs"] > 0
+
+
 def test_two_ranks_hold_the_same_head_and_pairrm_gives_features(demo: Inputs, tmp_path: Path) -> None:
     encoder = save_pairrm(tmp_path / "pairrm")[0]
-    more = ("--set", f"explore.encoder={encoder}", "--set", "explore.head_only=true", "--save-every", "2")
+    more = (
+        "--set",
+        f"explore.encoder={encoder}",
+        "--set",
+        "explore.head_only=true",
+        "--save-every",
+        "2",
+        "--best-of-n",
+        "2",
+    )
     run = train(demo, tmp_path / "two", "--explore", "sea-ee", *SMALL, *more, "--learners", "2", "--actors", "2")
     assert run.exit_code == 0, run.output
     steps = run.records("step")
@@ -54,6 +80,9 @@ def test_two_ranks_hold_the_same_head_and_pairrm_gives_features(demo: Inputs, tm
     assert "trains on nothing" not in run.output
     (head,) = (run.folder / "checkpoints").glob("*/head.safetensors")
     saved = load_file(head)
+    last = load_head(run.folder / "head")
+    assert last.num_members == 5 and last.weights[0].shape[1] == 32
+    assert any(not torch.equal(w, saved[f"head.weights.{i}"]) for i, w in enumerate(last.weights)), "a step later"
     assert saved["comparisons"].shape[1:] == (2, 32), "the states at two prefixes, of 16 each"
     assert len(saved["comparisons"]) == sum(
         pair["is_trainable"] for pair in read_lines(run.folder / "samples.jsonl") if pair["step"] <= 2

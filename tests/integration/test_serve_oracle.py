@@ -47,11 +47,12 @@ class Served:
     line: str
     temporary: Path
     errors: Path
-    before: set[Path]
+    run_id: str = ""
 
     def semaphores(self) -> set[Path]:
-        """Those made since its start."""
-        return semaphores() - self.before
+        """Those named after it."""
+        assert self.run_id
+        return set(Path("/dev/shm").glob(f"sem.oatlite-{self.run_id}-*"))
 
     def pids(self) -> set[int]:
         """Of the process and all that it started, and they in turn."""
@@ -86,14 +87,13 @@ def server(folder: Path, model: object, *more: str, token: str = "", wait: bool 
     folder.mkdir()
     # Sockets go elsewhere where the default folder for temporary files has a long name.
     temporary, errors, port = Path(tempfile.mkdtemp(prefix="os-")), folder / "errors", free_port()
-    before = semaphores()
     environment = ENVIRONMENT | {"TMPDIR": str(temporary), "OATLITE_ORACLE_TOKEN": token}
     command = [str(OATLITE), "serve-oracle", "--model", str(model), "--devices", "cpu", "--port", str(port), *more]
     with errors.open("w") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True
         )
-    served = Served(process, f"http://127.0.0.1:{port}", "", temporary, errors, before)
+    served = Served(process, f"http://127.0.0.1:{port}", "", temporary, errors)
     pids = {process.pid}
     try:
         if wait:
@@ -103,7 +103,8 @@ def server(folder: Path, model: object, *more: str, token: str = "", wait: bool 
             line = process.stdout.readline()
             watchdog.cancel()
             assert line, errors.read_text()
-            served = replace(served, line=line.rstrip("\n"))
+            (private,) = temporary.glob("oatlite-*")
+            served = replace(served, line=line.rstrip("\n"), run_id=private.name.removeprefix("oatlite-"))
             pids = served.pids()
         yield served
     finally:
@@ -123,10 +124,6 @@ def within(seconds: float, condition: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.05)
     return True
-
-
-def semaphores() -> set[Path]:
-    return set(Path("/dev/shm").glob("sem.oatlite-*"))
 
 
 @pytest.fixture(scope="module")

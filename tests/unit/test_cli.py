@@ -15,7 +15,7 @@ from typer.main import get_command
 
 import oatlite
 from oatlite.config.flags import FLAGS, to_type
-from oatlite.config.load import load_config, resolve
+from oatlite.config.load import load_config, preset_names, resolve
 from oatlite.errors import OracleError
 
 
@@ -202,6 +202,18 @@ def test_a_dry_run_reports_what_is_missing(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     for words in ("GPUs: 2 asked, none here", "GPU 1 (missing)", "model.path: trl-lib/", "data.prompts: lkevinzc/"):
         assert words in text
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_dry_run_takes_every_preset(preset: str, capsys: pytest.CaptureFixture[str], trained: list[Any]) -> None:
+    assert main(["train", "--dry-run", "--preset", preset]) == 0
+    assert "Dry run: nothing was started." in capsys.readouterr().out
+    assert not trained
+
+
+def test_a_dry_run_refuses_what_does_not_go_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dry-run", "--preset", "demo", "--explore", "apl", "--sampler", "hybrid"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
 
 
 def test_a_dry_run_without_rollouts_places_no_actor(capsys: pytest.CaptureFixture[str]) -> None:

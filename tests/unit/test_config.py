@@ -86,6 +86,20 @@ def test_the_presets_of_the_samplers_differ_in_the_sampler() -> None:
     assert sum(gradient_steps(online, step) for step in range(1, 1 + steps_of_iteration)) == 1200
 
 
+@pytest.mark.parametrize(
+    ("rule", "setting", "words"),
+    [
+        ("apl", "explore.members=5", "this is apl; leave it out"),
+        ("sea-ee", "explore.entropy_share=0.2", "is for --explore apl, and this is sea-ee"),
+        ("sea-bai", "explore.max_tries=2", "is for --explore sea-ee, and this is sea-bai"),
+        ("passive", "explore.uncertainty=logits", "is for --explore sea-bai or uncertainty, and this is passive"),
+        ("none", "sampling.mixture_weight=0.3", "is for --sampler mixture, and this is policy"),
+    ],
+)
+def test_what_is_typed_for_nothing_is_refused(rule: str, setting: str, words: str) -> None:
+    assert words in refused(preset="demo", flags={"explore.rule": rule}, sets=[setting])
+
+
 def test_a_template_that_cannot_be_used() -> None:
     assert "--set" in refused(sets=["data.prompt_template=Answer:"])
     assert "{prompt} once" in refused(sets=["data.prompt_template=Q {prompt} {prompt}"])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from oatlite.epistemic import load_head, save_head
 from oatlite.maths.ensemble import EpistemicHead, head_loss
 
 
@@ -95,3 +98,12 @@ def test_a_saved_head_is_whole_again_with_its_initialization() -> None:
     again.load_state_dict(copy.deepcopy(head.state_dict()))
     assert torch.equal(again(chosen), head(chosen))
     assert float(again.regularization()) == float(head.regularization()) > 0
+
+
+def test_a_head_as_a_folder(tmp_path: Path) -> None:
+    head = EpistemicHead(5, num_members=3, hidden_size=7, seed=9)
+    save_head(tmp_path, head, encoder="somebody/encoder")
+    again = load_head(tmp_path)
+    features = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again(features), head(features)) and torch.equal(again.regularization(), head.regularization())
+    assert json.loads((tmp_path / "head.json").read_text())["encoder"] == "somebody/encoder"

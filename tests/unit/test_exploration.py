@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from oatlite.maths.exploration import (
-    bernoulli_variance,
+    MEASURES,
     best_arm_duels,
     disagreement,
     draw_members,
@@ -21,7 +21,7 @@ from oatlite.maths.exploration import (
     logits_variance,
     most_separated_pairs,
     passive_duels,
-    probabilities_variance,
+    preference_variance,
     self_labelled_pairs,
     uncertainty_duels,
 )
@@ -61,8 +61,7 @@ def test_variances_are_those_of_their_definitions(rewards: np.ndarray) -> None:
         wins = [sigmoid(margin) for margin in margins]
         mean = sum(wins) / members
         assert logits_variance(rewards)[m, i, j] == pytest.approx(variance(margins), abs=1e-12)
-        assert probabilities_variance(rewards)[m, i, j] == pytest.approx(variance(wins), abs=1e-12)
-        assert bernoulli_variance(rewards)[m, i, j] == pytest.approx(mean * (1 - mean), abs=1e-12)
+        assert preference_variance(rewards)[m, i, j] == pytest.approx(variance(wins), abs=1e-12)
         divergences = [win * math.log(win / mean) + (1 - win) * math.log((1 - win) / (1 - mean)) for win in wins]
         assert disagreement(rewards)[m, i, j] == pytest.approx(sum(divergences) / members, abs=1e-12)
 
@@ -71,16 +70,26 @@ def test_certain_verdicts_disagree_by_a_bit_and_not_by_nan() -> None:
     rewards = np.array([[[1000.0, 0.0]], [[0.0, 1000.0]]])
     assert disagreement(rewards)[0, 0, 1] == pytest.approx(math.log(2))
     assert disagreement(rewards[:1])[0, 0, 1] == 0
-    assert bernoulli_variance(rewards)[0, 0, 1] == 0.25
 
 
-@given(rewards_of_all_kinds, seeds)
-def test_best_arm_duels(rewards: np.ndarray, seed: int) -> None:
+def unsurety(measure: str, margins: list[float]) -> float:
+    """By its definition, of the members' differences of rewards."""
+    wins = [sigmoid(margin) for margin in margins]
+    mean = sum(wins) / len(wins)
+    divergences = [win * math.log(win / mean) + (1 - win) * math.log((1 - win) / (1 - mean)) for win in wins]
+    return {"logits": variance(margins), "preference": variance(wins), "disagreement": sum(divergences) / len(wins)}[
+        measure
+    ]
+
+
+@given(rewards_of_all_kinds, seeds, st.sampled_from([None, *MEASURES]))
+def test_best_arm_duels(rewards: np.ndarray, seed: int, measure: str | None) -> None:
     members = order_of(rewards, seed)
-    duels = best_arm_duels(rewards, members)
+    duels = best_arm_duels(rewards, members, *([] if measure is None else [MEASURES[measure]]))
     for m in range(rewards.shape[1]):
         first = first_best(rewards[members[m, 0], m].tolist())
-        unknown = [variance((rewards[:, m, first] - rewards[:, m, j]).tolist()) for j in range(rewards.shape[2])]
+        margins = [(rewards[:, m, first] - rewards[:, m, j]).tolist() for j in range(rewards.shape[2])]
+        unknown = [unsurety(measure or "preference", each) for each in margins]
         assert duels.first[m] == first
         if max(unknown) < 1e-12:
             assert duels.second[m] == first or unknown[duels.second[m]] == pytest.approx(0, abs=1e-12)
@@ -104,9 +113,9 @@ def test_explore_exploit_duels(rewards: np.ndarray, seed: int, max_tries: int | 
         assert duels.is_clash[m] == (second is None)
 
 
-@given(rewards_of_all_kinds)
-def test_uncertainty_duels(rewards: np.ndarray) -> None:
-    duels, unknown = uncertainty_duels(rewards), logits_variance(rewards)
+@given(rewards_of_all_kinds, st.sampled_from(list(MEASURES)))
+def test_uncertainty_duels(rewards: np.ndarray, measure: str) -> None:
+    duels, unknown = uncertainty_duels(rewards, MEASURES[measure]), MEASURES[measure](rewards)
     for m in range(rewards.shape[1]):
         assert unknown[m, duels.first[m], duels.second[m]] == unknown[m].max()
         assert duels.is_clash[m] == (unknown[m].max() == 0)

@@ -432,6 +432,14 @@ def test_active_preference_learning_asks_where_the_policy_is_unsure_about_what_i
     assert active.journal.pairs == plain.journal.pairs
 
 
+def test_active_preference_learning_spends_what_is_left_of_its_budget_in_one_step() -> None:
+    explore = {"rule": "apl", "num_candidates": 4, "entropy_share": 0.5, "certainty_share": 0.5}
+    settings = {"explore": explore, "data": {"max_queries": 21}}
+    run = rehearse(algorithm(SIMPO), share_of_e, steps=10, settings=settings)
+    assert [sum(pair["step"] == step for pair in run.journal.pairs) for step in (1, 2, 3, 4)] == [8, 8, 5, 0]
+    assert run.journal.of("step")[-1]["queries"] == 21
+
+
 def test_active_preference_learning_picks_the_pair_of_the_largest_implicit_margin() -> None:
     explore = {"rule": "apl", "num_candidates": 4, "entropy_share": 1.0, "certainty_share": 1.0}
     kept, passive = (

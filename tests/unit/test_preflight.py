@@ -96,6 +96,23 @@ def test_exploration_needs_an_encoder_and_pairs_that_are_its_to_choose(options, 
     refused(changed(options, **labelled), "reward margins", "explore.self_label_ratio=0")
 
 
+def test_exploration_that_does_not_go_with_the_rest(options):
+    def explore(rule, sampler="policy", best_of_n=1, **more):
+        sections = {"rollout": {"sampler": sampler}, "eval": {"best_of_n": best_of_n}}
+        return changed(options, explore={"rule": rule, **more}, **sections)
+
+    for sampler in ("hybrid", "mixture"):
+        refused(explore("sea-ee", sampler), f"--sampler {sampler} wants one of each", "--explore passive")
+        assert check(explore("passive", sampler)).num_prompts
+    assert check(explore("sea-ee", "reference")).num_prompts
+    for sampler in ("reference", "hybrid", "mixture"):
+        refused(explore("apl", sampler), "the policy's own log-probabilities", f"--sampler {sampler}")
+    refused(explore("apl", head_only=True), "head_only", "--explore apl has none")
+    refused(explore("apl", self_label_ratio=0.2), "self_label_ratio", "--explore apl has none")
+    refused(explore("sea-ee", head_only=True), "greedy answers do not change", "--best-of-n 10")
+    assert check(explore("sea-ee", head_only=True, best_of_n=4)).num_prompts
+
+
 def test_missing_things_are_named(options, tmp_path):
     refused(changed(options, model={"path": str(tmp_path / "none")}), "the policy", "does not exist")
     (tmp_path / "empty").mkdir()
