@@ -299,6 +299,12 @@ def _open_shm(handle: ShmHandle) -> torch.Tensor:
 
 
 def _open_cuda(handle: CudaIpcHandle) -> torch.Tensor:
+    try:
+        memory, counter, event = (
+            bytes.fromhex(digits) for digits in (handle.memory_handle, handle.ref_counter_handle, handle.event_handle)
+        )
+    except ValueError:
+        raise MalformedMessage("a handle of GPU memory that is not hexadecimal") from None
     torch.cuda.init()
     uuids = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
     if handle.device_uuid not in uuids:
@@ -306,12 +312,12 @@ def _open_cuda(handle: CudaIpcHandle) -> torch.Tensor:
     device = uuids[handle.device_uuid]
     storage = torch.UntypedStorage._new_shared_cuda(
         device,
-        bytes.fromhex(handle.memory_handle),
+        memory,
         handle.allocation_bytes,
         handle.allocation_offset,
-        bytes.fromhex(handle.ref_counter_handle),
+        counter,
         handle.ref_counter_offset,
-        bytes.fromhex(handle.event_handle),
+        event,
         handle.event_sync_required,
     )
     data = torch.empty(0, dtype=torch.uint8, device=f"cuda:{device}").set_(storage)

@@ -95,7 +95,7 @@ class CustomAlgorithmConfig(Section):
 
 def _tag(value: Any) -> str:
     name = value.get("name", "simpo") if isinstance(value, dict) else getattr(value, "name", "simpo")
-    return name if name in ALGORITHM_CONFIGS else "custom"
+    return name if isinstance(name, str) and name in ALGORITHM_CONFIGS else "custom"
 
 
 AlgorithmConfig = Annotated[

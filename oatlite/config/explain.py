@@ -60,7 +60,7 @@ def _example(key: str, mistake: Any, source: str) -> str:
     else:
         section, name = key.split(".", 1)
         field = fields_of(section, str(mistake["loc"][1])).get(name)
-        value = field.default if field is not None else None
+        value = None if field is None or field.is_required() else field.default
     if value is None or isinstance(value, tuple):
         return ""
     if source.startswith("-"):

@@ -187,6 +187,8 @@ def _read_file(path: Path, source: str) -> Layer:
         raise ConfigError(
             f"{path} is no valid TOML: {error}", 'write lines such as name = "text" or lr = 1e-4'
         ) from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply", "no option takes more than a list or a table") from None
     layer: Layer = {}
     if path.parent == PRESETS and BASE in tables:
         layer[BASE] = Given(tables.pop(BASE), source)
@@ -227,6 +229,8 @@ def _parse(key: str, raw: str) -> Any:
         if raw[:1] in ("'", '"', "[", "{"):
             raise ConfigError(f"--set {key}={raw}: no valid TOML value: {error}", "quote it for the shell") from None
         return raw
+    except RecursionError:
+        raise ConfigError(f"--set {key}: the value is nested too deeply", "give one value or a list") from None
     section, _, name = key.partition(".")
     field = fields_of(section).get(name) if section in SECTIONS else None
     wants_text = field is not None and str in types_of(field)

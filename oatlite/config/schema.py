@@ -15,6 +15,9 @@ from oatlite.config.section import Probability, Section
 
 PROMPT = "{prompt}"
 """Where the prompt goes in ``data.prompt_template``."""
+MAX_PROCESSES = 1024
+MAX_PER_STEP = 100_000
+"""Prompts or pairs; what is made for each of them must fit into memory, and into a message."""
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -35,6 +38,8 @@ def _numbers(value: object) -> object:
         raise ValueError("must be numbers with commas between them, as in 0.7,0.3") from None
 
 
+PerStep = Annotated[int, Field(gt=0, le=MAX_PER_STEP)]
+NumProcesses = Annotated[int, Field(le=MAX_PROCESSES)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
@@ -105,7 +110,7 @@ class RolloutConfig(Section):
         description="where a prompt's two responses come from: both from the policy, both from the reference, one from "
         "each, or from two mixtures of both",
     )
-    prompts_per_step: PositiveInt = Field(128, description="prompts of one step over all ranks")
+    prompts_per_step: PerStep = Field(128, description="prompts of one step over all ranks")
     sync_every: PositiveInt = Field(1, description="steps between weight syncs; larger than the run: offline baseline")
     offline: bool = Field(
         False, description="no rollouts: train on the pairs of --preferences, without actor or oracle"
@@ -113,10 +118,8 @@ class RolloutConfig(Section):
 
 
 class LearnerConfig(Section):
-    batch_size: PositiveInt | None = Field(
-        None, description="pairs per gradient step, all ranks; default: a whole step"
-    )
-    micro_batch_size: PositiveInt = Field(8, description="pairs per forward pass and rank")
+    batch_size: PerStep | None = Field(None, description="pairs per gradient step, all ranks; default: a whole step")
+    micro_batch_size: PerStep = Field(8, description="pairs per forward pass and rank")
     passes: PositiveInt = Field(1, description="passes over the buffered pairs, each step")
     buffer_size: PositiveInt | None = Field(
         None, description="newest pairs kept to train on, all ranks; default: one step's, so that none comes back"
@@ -294,8 +297,12 @@ class CheckpointConfig(Section):
 
 class PlacementConfig(Section):
     gpus: NonNegativeInt | None = Field(None, description="GPUs to use; default: all there are; 0: the CPU")
-    actors: NonNegativeInt | None = Field(None, description="actor processes; default: one per GPU, or one")
-    learners: PositiveInt | None = Field(None, description="learner ranks; default: one per GPU, or one")
+    actors: Annotated[NumProcesses, Field(ge=0)] | None = Field(
+        None, description="actor processes; default: one per GPU, or one"
+    )
+    learners: Annotated[NumProcesses, Field(gt=0)] | None = Field(
+        None, description="learner ranks; default: one per GPU, or one"
+    )
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(0.35, description="vLLM's share of a GPU")
     kv_cache_gib: PositiveFloat = Field(1.0, description="vLLM's cache on CPU")
 

@@ -48,6 +48,8 @@ def prepare_environment(options: EngineOptions) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_DO_NOT_TRACK"] = "1"
+    # Its process group has this process alone, and would otherwise listen at the address of the machine's name.
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo", VLLM_HOST_IP="127.0.0.1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if options.mixes:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its logits processors have another interface

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import math
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,6 @@ from oatlite.finetuning.saving import adapter_config, save
 from oatlite.finetuning.trainers import Watcher, trainer_class
 from oatlite.fitting import Report
 from oatlite.sources import first_line
-
-_PR_SET_PDEATHSIG = 1
 
 
 def train_rank(training: Dataset, held_out: Dataset, spec: RankSpec, report: Report) -> TuningResult:
@@ -79,8 +75,6 @@ def make_trainer(training: Dataset, held_out: Dataset, spec: RankSpec, report: R
 
 def main(path: str) -> int:
     """Run one rank of several on a written :class:`RankSpec`; an error goes into a file of its own."""
-    # The elastic launcher puts each rank into a session of its own; without this a rank would outlive it.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     spec = RankSpec.read(Path(path))
     private, rank = Path(spec.private), int(os.environ["RANK"])
 
@@ -90,6 +84,7 @@ def main(path: str) -> int:
                 progress.write(json.dumps([stage, done, total, figures]) + "\n")
 
     try:
+        _meet(spec, rank)
         training, held_out = (Dataset.load_from_disk(str(private / name)) for name in ("training", "held-out"))
         result = train_rank(training, held_out, spec, report)
         if rank == 0:
@@ -105,6 +100,16 @@ def main(path: str) -> int:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
+
+
+def _meet(spec: RankSpec, rank: int) -> None:
+    """By a file. Left to themselves the libraries meet at a port of rank 0, which listens to the whole network."""
+    torch.distributed.init_process_group(
+        backend="gloo" if spec.options.use_cpu else "nccl",
+        init_method=f"file://{spec.private}/ranks",
+        rank=rank,
+        world_size=spec.options.ranks,
+    )
 
 
 def _tell(error: OatliteError, path: Path) -> None:

@@ -1,8 +1,8 @@
 """Training of a model that exists, by TRL: what ``sft`` and ``reward-model`` share on this side of the ranks.
 
-Rows arrive as token ids. One rank without ZeRO runs in this process; several are started by torch's elastic launcher,
-each on one JSON file, and are watched here. The output is complete or absent; what a stopped training left to go on
-from lies beside it, in ``<output>.checkpoints``.
+Rows arrive as token ids. One rank without ZeRO runs in this process; several are processes of their own, which read
+one JSON file, meet by another file in a private folder, and are watched here. The output is complete or absent; what a
+stopped training left to go on from lies beside it, in ``<output>.checkpoints``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,43 +191,44 @@ def _run(training: Dataset, held_out: Dataset, spec: RankSpec, launcher: LocalLa
         training.save_to_disk(private / "training")
         held_out.save_to_disk(private / "held-out")
     spec.write(private / "spec.json")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)),
-        *("-m", "oatlite.finetuning.rank", str(private / "spec.json")),
+    command = [sys.executable, "-m", "oatlite.finetuning.rank", str(private / "spec.json")]
+    workers = [
+        launcher.start(command, _environment(options, rank), private / "ranks.log") for rank in range(options.ranks)
     ]
-    worker = launcher.start(command, _environment(options), private / "ranks.log")
-    _watch(worker, private, report)
+    _watch(workers, private, report)
     return TuningResult(**json.loads((private / "result.json").read_text()))
 
 
-def _environment(options: TuningOptions) -> dict[str, str]:
+def _environment(options: TuningOptions, rank: int) -> dict[str, str]:
     loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    # The launcher would give each rank one thread; a share of the cores is what a rank on the CPU can use.
+    # By these the libraries know that there are several ranks; what is on one machine has the same local numbers.
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": options.ranks, "LOCAL_WORLD_SIZE": options.ranks}
     threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return {
         "OMP_NUM_THREADS": str(threads),
         **os.environ,
         **loopback,
+        **{name: str(number) for name, number in numbers.items()},
         "PYTHONPATH": path,
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
 
 
-def _watch(worker: Worker, private: Path, report: Report) -> None:
-    """Pass on what rank 0 reports until all ranks have ended. Raises what a rank raised."""
+def _watch(workers: Sequence[Worker], private: Path, report: Report) -> None:
+    """Pass on what rank 0 reports until all ranks have ended well. Raises what a rank raised."""
     num_read = 0
     while True:
-        code = worker.exit_code()
+        codes = [worker.exit_code() for worker in workers]
         lines = _lines(private / "progress.jsonl")
         for line in lines[num_read:]:
             report(*json.loads(line))
         num_read = len(lines)
-        if code is not None:
+        if any(codes):
             break
+        if None not in codes:
+            return
         time.sleep(_POLL_S)
-    if code == 0:
-        return
     told = [_error(json.loads(path.read_text())) for path in sorted(private.glob("error-*.json"))]
     if told:
         # A rank that stopped for a reason of its own takes others down, whose connections break.

@@ -294,6 +294,14 @@ def test_values_of_set(setting: str, value: Any) -> None:
         ("algorithm.name=smipo", ["--algo simpo"]),
         ("algorithm.options.x=1", ["simpo has beta"]),
         ("algorithm.name=gone.py:Mine", ["there is no file gone.py"]),
+        ("algorithm.name={a = ':'}", ["algorithm.name = {'a': ':'}", "must be text"]),
+        # Lists as long as these numbers would fill the memory before anything else could refuse them.
+        ("placement.actors=10000000", ["must be at most 1024"]),
+        ("placement.learners=10000000", ["must be at most 1024"]),
+        ("rollout.prompts_per_step=1000000001", ["must be at most 100000"]),
+        ("learner.micro_batch_size=1000000000", ["must be at most 100000"]),
+        ("learner.batch_size=1000000000", ["must be at most 100000"]),
+        ("learner.lr=" + "[" * 3000, ["learner.lr", "nested too deeply"]),
         ("eval.gold_score=score", ["file.py:name"]),
         ("sync.transport=cuda_ipc", ["needs a GPU"]),
         ("data.max_prompts=10", ["one step's prompts", "--max-prompts 64"]),
@@ -318,6 +326,8 @@ def test_a_mistake_is_one_line_that_says_what_and_where_and_what_to_type(setting
         ("[algorithm]\nname = 'dpo'\ngamma_beta_ratio = 1", ["dpo has beta"]),
         ("[algorithm]\nname = 'a.py:B'\nbeta = 1", ["algorithm.options.beta"]),
         ("[rollout]\nprompts_per_step = -1\nsync_every = 0", ["prompts_per_step", "(and 1 more)"]),
+        ("[algorithm]\nname = {a = ':'}", ["algorithm.name = {'a': ':'}", "must be text"]),
+        ("[learner]\nlr = " + "[" * 3000 + "]" * 3000, ["nested too deeply"]),
     ],
 )
 def test_a_mistake_in_a_file_names_the_file(text: str, words: list[str]) -> None:

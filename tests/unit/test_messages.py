@@ -575,6 +575,8 @@ FORBIDDEN = re.compile(
     r"\b(pickle|cloudpickle|dill|marshal|shelve|recv_pyobj|send_pyobj|recv_serialized|unpickl\w*)\b"
     r"|shell\s*=\s*True|trust_remote_code[\"']?\s*[=:]\s*True|weights_only\s*=\s*False|allow_pickle\s*=\s*True"
     r"|\bos\.(system|popen)\b|(?<![\w.])(eval|exec|__import__|compile)\("
+    r"|torch\.load\((?!.*weights_only=True)|\byaml\.(unsafe_|full_)?load\(|\bjoblib\b"
+    r"|create_subprocess_shell|get(status)?output\(|[\"']tcp://|torch\.distributed\.run\b"
 )
 
 
@@ -604,6 +606,10 @@ def test_nothing_in_the_source_could_run_what_comes_over_the_wire():
         "exec(frame)",
         "x = eval(frame)",
         "os.system(command)",
+        "torch.load(path)",
+        "yaml.load(text)",
+        "subprocess.getoutput(command)",
+        'init_method="tcp://127.0.0.1:1234"',
     ],
 )
 def test_the_scan_finds_what_it_looks_for(line):
@@ -611,7 +617,14 @@ def test_the_scan_finds_what_it_looks_for(line):
 
 
 @pytest.mark.parametrize(
-    "line", ["model.eval()", "spec.loader.exec_module(module)", "re.compile(words)", "retrieval(x)"]
+    "line",
+    [
+        "torch.load(path, weights_only=True)",
+        "model.eval()",
+        "spec.loader.exec_module(module)",
+        "re.compile(words)",
+        "retrieval(x)",
+    ],
 )
 def test_the_scan_leaves_other_lines_alone(line):
     assert not FORBIDDEN.search(line)

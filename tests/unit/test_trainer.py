@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from oatlite.checkpoint import CheckpointWriter, FileRecord, name_of
-from oatlite.trainer import SCHEDULE_FLOOR, OptimizerOptions, Ranks, Trainer, deepspeed_config, schedule_factor
+from oatlite.trainer import (
+    SCHEDULE_FLOOR,
+    OptimizerOptions,
+    Ranks,
+    Trainer,
+    _state_files,
+    deepspeed_config,
+    schedule_factor,
+)
 
 SCHEDULES = ["cosine", "linear", "constant"]
 NUM_STEPS = 3
@@ -355,3 +364,23 @@ if __name__ == "__main__":
     # As a worker ends (oatlite.workers.__main__): while the interpreter winds down, a thread of a closed process group
     # now and then makes libstdc++ abort ("terminate called without an active exception").
     os._exit(0)
+
+
+class Unpickled:
+    """Whoever unpickles it makes an empty file."""
+
+    def __init__(self, path):
+        self._path = str(path)
+
+    def __reduce__(self):
+        return open, (self._path, "w")
+
+
+def test_a_state_file_that_would_execute_something_is_refused(tmp_path):
+    trap, path = tmp_path / "trap", tmp_path / "state.pt"
+    torch.save({"step": 1, "more": Unpickled(trap)}, path)
+    with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
+        _state_files(tmp_path, None).load(str(path))
+    assert not trap.exists()
+    torch.load(path, weights_only=False)["more"].close()
+    assert trap.exists(), "and it would have"

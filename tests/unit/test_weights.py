@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from oatlite import weights
 from oatlite.errors import StorageError
-from oatlite.messages import MalformedMessage, ShmHandle, WeightManifest, decode, encode
+from oatlite.messages import CudaIpcHandle, MalformedMessage, ShmHandle, WeightManifest, decode, encode
 from oatlite.weights import (
     ALIGNMENT_BYTES,
     CHECKSUM_ROW_WORDS,
@@ -318,6 +318,24 @@ def test_segments_have_names_that_cannot_be_guessed_and_are_gone_after_close(buf
 def test_names_of_other_things_are_refused(segment):
     with pytest.raises(MalformedMessage, match="not the name of a segment of ours"):
         open_buffer(ShmHandle(run_id=RUN, segment=segment.replace("RUN", RUN), num_bytes=4096))
+
+
+@pytest.mark.parametrize("field", ["memory_handle", "ref_counter_handle", "event_handle"])
+@pytest.mark.parametrize("digits", ["abc", "xy", "ab-c"])
+def test_a_handle_of_gpu_memory_that_is_no_number_is_refused_before_a_gpu_is_asked(field, digits):
+    good = {"memory_handle": "ab", "ref_counter_handle": "ab", "event_handle": "ab"}
+    handle = CudaIpcHandle(
+        run_id=RUN,
+        device_uuid="GPU-1",
+        allocation_bytes=1024,
+        allocation_offset=0,
+        ref_counter_offset=0,
+        event_sync_required=True,
+        num_bytes=1024,
+        **(good | {field: digits}),
+    )
+    with pytest.raises(MalformedMessage, match="not hexadecimal"):
+        open_buffer(handle)
 
 
 def test_the_segment_of_another_run_is_refused(buffers):
