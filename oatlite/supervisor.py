@@ -38,6 +38,7 @@ from oatlite.workers.spec import CONTROL_SOCKET, END_SIGNAL, STOP_SIGNAL, Worker
 
 POLL_S = 0.2
 MAX_ACTOR_RESTARTS = 3
+STEPS_TO_FORGIVE = 20  # after so many steps since an actor's last restart, its restarts count from zero again
 STACK_DUMP_S = 2.0
 ACTOR_EXIT_S = 30.0
 SEGMENT_PREFIX = "oatlite-"
@@ -54,7 +55,7 @@ class Interrupted(OatliteError):
 @dataclass(slots=True)
 class _Role:
     """A place in the run and the process that fills it now. ``seen`` is the time of its last sign of
-    life, in monotonic seconds."""
+    life, in monotonic seconds, and ``restarted_at`` the last step before its last restart."""
 
     place: Place
     spec: WorkerSpec
@@ -63,6 +64,7 @@ class _Role:
     seen: float = field(default_factory=time.monotonic)
     was_ready: bool = False
     num_restarts: int = 0
+    restarted_at: int = 0
     failure: Failure | None = None
 
     @property
@@ -208,6 +210,7 @@ class Supervisor:
     def _handle(self, peer: str, message: Message) -> None:
         role = self._roles.get(peer)
         if role is None:
+            self._hub.drop("unexpected", peer, type(message).__name__)
             return
         role.seen = time.monotonic()
         match message:
@@ -230,7 +233,7 @@ class Supervisor:
             return
         failure = role.failure
         is_for_good = failure is not None and failure.exit_code != WorkerDied.exit_code
-        if role.is_actor and role.was_ready and not is_for_good and role.num_restarts < MAX_ACTOR_RESTARTS:
+        if self._may_restart(role) and not is_for_good:
             self._restart(role, _describe_exit(code))
             return
         log = role.worker.log
@@ -250,7 +253,7 @@ class Supervisor:
         time.sleep(STACK_DUMP_S)
         role.worker.signal(signal.SIGKILL)
         role.worker.wait(STACK_DUMP_S)
-        if role.is_actor and role.was_ready and role.num_restarts < MAX_ACTOR_RESTARTS:
+        if self._may_restart(role):
             self._restart(role, f"was silent for {silence:.0f} s")
             return
         raise DeadlineExceeded(
@@ -264,8 +267,18 @@ class Supervisor:
             role.worker.signal(signal.SIGCONT)
         time.sleep(STACK_DUMP_S)
 
+    def _may_restart(self, role: _Role) -> bool:
+        """A long run may meet more accidents than a short one; an actor that keeps dying gets nowhere."""
+        if self._last_step() - role.restarted_at >= STEPS_TO_FORGIVE:
+            role.num_restarts = 0
+        return role.is_actor and role.was_ready and role.num_restarts < MAX_ACTOR_RESTARTS
+
+    def _last_step(self) -> int:
+        return int(self._console.history.last_step.get("step", 0))
+
     def _restart(self, role: _Role, why: str) -> None:
         role.num_restarts += 1
+        role.restarted_at = self._last_step()
         self._console.note(f"{role.place.name} {why}; restart {role.num_restarts} of {MAX_ACTOR_RESTARTS}")
         self._console.stage(role.place.name, "restarting")
         self._launcher.forget(role.worker)
