@@ -70,7 +70,7 @@ def run(rule: str, problem: Problem, seeds: Sequence[int]) -> Regret:
     """One of :data:`RULES` on each seed. Prompts, candidates and the true reward of a seed are the same for all rules,
     and so are the luck of its comparisons and where its head begins."""
     features, rewards, unseen, unseen_rewards = (
-        torch.stack(each) for each in zip(*(_world(problem, s) for s in seeds))
+        torch.stack(each) for each in zip(*(_world(problem, seed) for seed in seeds), strict=True)
     )
     rngs = [np.random.default_rng([seed, 1]) for seed in seeds]
     heads = Heads(problem, seeds)
@@ -126,8 +126,9 @@ class Heads:
             )
             for seed in seeds
         ]
-        self.weights = [torch.cat(layer).detach().requires_grad_() for layer in zip(*(head.weights for head in each))]
-        self.biases = [torch.cat(layer).detach().requires_grad_() for layer in zip(*(head.biases for head in each))]
+        weights, biases = zip(*((head.weights, head.biases) for head in each), strict=True)
+        self.weights = [torch.cat(layer).detach().requires_grad_() for layer in zip(*weights, strict=True)]
+        self.biases = [torch.cat(layer).detach().requires_grad_() for layer in zip(*biases, strict=True)]
         self._parameters = [*self.weights, *self.biases]
         self._initial = [parameter.detach().clone() for parameter in self._parameters]
         self._optimizer = torch.optim.Adam(self._parameters, lr=lr, weight_decay=weight_decay)

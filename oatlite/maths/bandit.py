@@ -33,9 +33,10 @@ def tabular_dpo(
 
     Plain gradient descent from zero logits on the sum over prompts of the expected DPO loss, pairs being distributed
     by :func:`pair_distribution`; ``learning_rate`` is a number or one for each prompt (P,). The value of a policy is
-    ``sum pi (r - beta log pi)``, which ``softmax(r / beta)`` maximizes, by beta times the divergence from it. With ``num_samples`` the gradient is estimated
-    from so many pairs and labels for each prompt, drawn with ``generator``, instead of the expectation. Raises
-    ValueError for rewards or rates that are not finite, another shape than (P, A), or numbers that make no sense.
+    ``sum pi (r - beta log pi)``, which ``softmax(r / beta)`` maximizes; the gap is beta times the divergence from that.
+    With ``num_samples`` the gradient is estimated from so many pairs and labels for each prompt, drawn with
+    ``generator``, instead of the expectation. Raises ValueError for rewards or rates that are not finite, another
+    shape than (P, A), or numbers that make no sense.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2 or not bool(rewards.isfinite().all()):
         raise ValueError(f"rewards must be finite and of shape (P, A) with A of 2 at least, not {tuple(rewards.shape)}")

@@ -77,9 +77,9 @@ def softmax(values: list[Decimal]) -> list[Decimal]:
 
 
 def by_decimals(
-    rewards: list[int], sampler: str, beta: Decimal, num_updates: int
+    rewards: list[int], sampler: str, beta: Decimal, num_updates: int, rate: Decimal | None = None
 ) -> tuple[list[list[Decimal]], Decimal, list[Decimal]]:
-    """The first joint, Newton's rate and the gaps of one prompt, in 150 digits."""
+    """The first joint, Newton's rate and the gaps of one prompt at that rate or another, in 150 digits."""
     with localcontext() as context:
         context.prec = 150
         r = [Decimal(reward) for reward in rewards]
@@ -94,7 +94,8 @@ def by_decimals(
             return 1 / (1 + (-x).exp())
 
         theta, gaps, joints = [Decimal(0) for _ in r], [], []
-        rate = joint(r)[1] / (2 * beta**2 * len(r))
+        newton = joint(r)[1] / (2 * beta**2 * len(r))
+        rate = newton if rate is None else rate
         optimal = softmax([reward / beta for reward in r])
         for _ in range(num_updates):
             policy = softmax(theta)
@@ -109,7 +110,7 @@ def by_decimals(
                 for i in actions
             ]
             theta = [theta[i] + rate * beta * sum(pull[i][j] - pull[j][i] for j in actions) for i in actions]
-        return joints[0], rate, gaps
+        return joints[0], newton, gaps
 
 
 @pytest.mark.parametrize("rewards", [[0, 50, 60, 100], [0, 3, 41, 42], [-300, 0, 0, 300]])
@@ -125,11 +126,17 @@ def test_large_margins_are_weighed_exactly(rewards: list[int]) -> None:
     assert float(found.max()) == pytest.approx(top, rel=0.5) and float(found.sum()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("rewards", [[0, 50, 60, 100], [0, 3, 41, 42], [0, 2, 3, 5]])
-def test_updates_with_large_margins_are_those_of_exact_arithmetic(rewards: list[int]) -> None:
-    _, rate, gaps = by_decimals(rewards, "reward-mixture", Decimal(30), 6)
-    found = tabular_dpo(torch.tensor([rewards]), "reward-mixture", beta=30.0, learning_rate=float(rate), num_updates=6)
+@pytest.mark.parametrize("sampler", ["reward-mixture", "policy-mixture"])
+@pytest.mark.parametrize(("rewards", "rate"), [([0, 50, 60, 100], 0.5), ([0, 3, 41, 42], 0.25), ([0, 1, 2, 3], None)])
+def test_updates_with_large_margins_are_those_of_exact_arithmetic(
+    sampler: str, rewards: list[int], rate: float | None
+) -> None:
+    _, newton, gaps = by_decimals(rewards, sampler, Decimal(8), 8, None if rate is None else Decimal(rate))
+    found = tabular_dpo(
+        torch.tensor([rewards]), sampler, beta=8.0, learning_rate=float(newton) if rate is None else rate, num_updates=8
+    )
     assert found[0].tolist() == pytest.approx([float(gap) for gap in gaps], rel=1e-6, abs=1e-24)
+    assert found[0, -1] < found[0, 0]
 
 
 def orders(num_actions: int, beta: float, num_updates: int = 40, **fit: float) -> list[float]:
