@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from oatlite.plots import Curve
 
-ROUNDING = 1e-16  # a gap below it is none in float64
+ROUNDING = 1e-25  # below it rounding of the logits rules, and the picture ends
 EXPERIMENT, TABULAR, DUELING = "Experiment", "tabular", "dueling"
 
 

@@ -157,7 +157,7 @@ class Heads:
             loss = F.softplus(margins[:, :, 1] - margins[:, :, 0]).mean((1, 2)).sum()
             loss = loss + self._pull * count / num_queries * self._distance()
             self._optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self._optimizer.step()
 
     def _forward(self, features: Tensor) -> Tensor:
