@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from oatlite.plots import Curve
 
-ROUNDING = 1e-16  # a gap below it is none in float64
+ROUNDING = 1e-25  # below it rounding of the logits rules, and the picture ends
 EXPERIMENT, TABULAR, DUELING = "Experiment", "tabular", "dueling"
 
 
@@ -36,11 +36,9 @@ def bandit(
         Path | None, typer.Option(help="folder for curves and pictures; default: bandit-EXPERIMENT", show_default=False)
     ] = None,
     seeds: Annotated[
-        int | None,
-        typer.Option(
-            help="independent runs; default: 20, dueling 5", min=1, rich_help_panel=EXPERIMENT, show_default=False
-        ),
-    ] = None,
+        int,
+        typer.Option(help="independent runs", min=1, rich_help_panel=EXPERIMENT),
+    ] = 20,
     seed: Annotated[int, typer.Option(help="the first of them", min=0, rich_help_panel=EXPERIMENT)] = 0,
     actions: Annotated[int, typer.Option(help="actions to choose from", min=2, rich_help_panel=TABULAR)] = 20,
     beta: Annotated[float, typer.Option(help="weight of the KL term", rich_help_panel=TABULAR)] = 3.0,
@@ -66,9 +64,9 @@ def bandit(
     except OSError as error:
         raise StorageError(f"cannot make {folder}: {error.strerror}", "give another --output") from None
     if experiment is Experiment.tabular:
-        _tabular(folder, seeds or 20, seed, actions, beta, updates, samples)
+        _tabular(folder, seeds, seed, actions, beta, updates, samples)
     else:
-        _dueling(folder, seeds or 5, seed, rounds, candidates)
+        _dueling(folder, seeds, seed, rounds, candidates)
 
 
 def _tabular(
@@ -107,7 +105,7 @@ def _tabular(
             np.arange(10 * num_updates, dtype=np.float64), noisy.clamp(min=ROUNDING).numpy()
         )
         floor = float(noisy[:, -num_updates:].mean(1).median())
-        rows.append([sampler, f"{convergence_order(gaps):.2f}", _first_below(gaps, 1e-9), f"{floor:.2g}"])
+        rows.append([sampler, _order(convergence_order(gaps)), _first_below(gaps, 1e-9), f"{floor:.2g}"])
     _write(
         folder / "tabular",
         {"exact gradients": exact, f"gradients of {num_samples} pairs": sampled},
@@ -122,42 +120,50 @@ def _tabular(
     _tell(folder)
 
 
+def _order(order: float) -> str:
+    return "too few updates to fit" if order != order else f"{order:.2f}"
+
+
 def _first_below(gaps: torch.Tensor, bound: float) -> str:
     reached = (gaps.median(0).values < bound).nonzero()
     return str(int(reached[0])) if len(reached) else f"over {gaps.shape[1] - 1}"
 
 
 def _dueling(folder: Path, num_seeds: int, seed: int, num_rounds: int, num_candidates: int) -> None:
-    import numpy as np
     import torch
 
     from oatlite.dueling_bandit import RULES, Problem, run
-    from oatlite.fitting import console_report
     from oatlite.plots import Curve
 
     torch.set_num_threads(1)  # its tensors are too small to share
     problem = Problem(num_rounds=num_rounds, num_candidates=num_candidates)
-    cumulative: dict[str, Curve] = {}
-    simple: dict[str, Curve] = {}
+    runs = {rule: run(rule, problem, range(seed, seed + num_seeds)) for rule in RULES}
+    panels: dict[str, dict[str, Curve]] = {"cumulative regret": {}, "simple regret": {}}
     rows = []
-    with console_report() as report:
-        for i, rule in enumerate(RULES):
-            runs = []
-            for n in range(num_seeds):
-                report("runs", i * num_seeds + n, len(RULES) * num_seeds, rule)
-                runs.append(run(rule, problem, seed + n))
-            cumulative[rule] = Curve.of_runs(runs[0].queries, np.stack([one.cumulative for one in runs]))
-            simple[rule] = Curve.of_runs(runs[0].queries, np.stack([one.simple for one in runs]))
-            last = [[curve.middle[-1], curve.high[-1] - curve.middle[-1]] for curve in (cumulative[rule], simple[rule])]
-            rows.append([rule, f"{last[0][0]:.0f} ± {last[0][1]:.0f}", f"{last[1][0]:.3f} ± {last[1][1]:.3f}"])
-    panels = {"cumulative regret": cumulative, "simple regret": simple}
+    for rule, regret in runs.items():
+        row = [rule]
+        for curves, values, passive, digits in (
+            (panels["cumulative regret"], regret.cumulative, runs["passive"].cumulative, 0),
+            (panels["simple regret"], regret.simple, runs["passive"].simple, 3),
+        ):
+            curves[rule] = Curve.of_runs(regret.queries, values)
+            row.append(_mean(curves[rule], digits))
+            paired = Curve.of_runs(regret.queries, values - passive)
+            row.append("" if rule == "passive" else _mean(paired, digits, sign="+"))
+        rows.append(row)
     _write(folder / "dueling", panels, "comparisons asked", "regret")
     _print(
-        f"Contextual dueling bandit, {num_seeds} seeds, {int(cumulative['passive'].x[-1])} comparisons",
-        ["rule", "cumulative regret", "simple regret"],
+        f"Contextual dueling bandit, {num_seeds} seeds, {int(runs['passive'].queries[-1])} comparisons",
+        ["rule", "cumulative regret", "less passive's", "simple regret", "less passive's"],
         rows,
     )
+    print("±: 95 % interval of the mean; less passive's: of the differences on the same seeds, so below 0 is better")
     _tell(folder)
+
+
+def _mean(curve: Curve, digits: int, *, sign: str = "") -> str:
+    """The last point of a curve with its interval."""
+    return f"{curve.middle[-1]:{sign}.{digits}f} ± {curve.high[-1] - curve.middle[-1]:.{digits}f}"
 
 
 def _write(stem: Path, panels: dict[str, dict[str, Curve]], x_name: str, y_name: str, *, is_log: bool = False) -> None:

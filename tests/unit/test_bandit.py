@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from decimal import Decimal, localcontext
+
 import pytest
 import torch
 
@@ -68,19 +71,97 @@ def test_pairs_are_as_likely_as_the_mixtures_make_them() -> None:
         assert torch.allclose(pair_distribution(rewards, policy, sampler, beta=2.0), expected.double(), rtol=1e-6)
 
 
-def test_uniform_pairs_converge_linearly_and_mixtures_quadratically() -> None:
-    rewards, beta = random_rewards(20, 20), 3.0
-    rates = {"uniform": 2 * 20 / beta**2, "reward-mixture": newton_rate(rewards, beta=beta)}
-    rates["policy-mixture"] = rates["reward-mixture"]
-    orders = {
-        sampler: convergence_order(
-            tabular_dpo(rewards, sampler, beta=beta, learning_rate=rates[sampler], num_updates=60)
-        )
-        for sampler in SAMPLERS
-    }
-    assert orders["uniform"] == pytest.approx(1, abs=0.05)
-    assert orders["reward-mixture"] == pytest.approx(2, abs=0.15)
-    assert orders["policy-mixture"] == pytest.approx(2, abs=0.15)
+def softmax(values: list[Decimal]) -> list[Decimal]:
+    terms = [value.exp() for value in values]
+    return [term / sum(terms) for term in terms]
+
+
+def by_decimals(
+    rewards: list[int], sampler: str, beta: Decimal, num_updates: int, rate: Decimal | None = None
+) -> tuple[list[list[Decimal]], Decimal, list[Decimal]]:
+    """The first joint, Newton's rate and the gaps of one prompt at that rate or another, in 150 digits."""
+    with localcontext() as context:
+        context.prec = 150
+        r = [Decimal(reward) for reward in rewards]
+        actions = range(len(r))
+
+        def joint(v: list[Decimal]) -> tuple[list[list[Decimal]], Decimal]:
+            weights = [[2 + (v[i] - v[j]).exp() + (v[j] - v[i]).exp() for j in actions] for i in actions]
+            total = sum(map(sum, weights))
+            return [[weight / total for weight in row] for row in weights], total
+
+        def sigmoid(x: Decimal) -> Decimal:
+            return 1 / (1 + (-x).exp())
+
+        theta, gaps, joints = [Decimal(0) for _ in r], [], []
+        newton = joint(r)[1] / (2 * beta**2 * len(r))
+        rate = newton if rate is None else rate
+        optimal = softmax([reward / beta for reward in r])
+        for _ in range(num_updates):
+            policy = softmax(theta)
+            gaps.append(
+                sum(p * (reward - beta * p.ln()) for p, reward in zip(optimal, r, strict=True))
+                - sum(p * (reward - beta * p.ln()) for p, reward in zip(policy, r, strict=True))
+            )
+            weights, _ = joint(r if sampler == "reward-mixture" else [beta * logit for logit in theta])
+            joints.append(weights)
+            pull = [
+                [weights[i][j] * (sigmoid(r[i] - r[j]) - sigmoid(beta * (theta[i] - theta[j]))) for j in actions]
+                for i in actions
+            ]
+            theta = [theta[i] + rate * beta * sum(pull[i][j] - pull[j][i] for j in actions) for i in actions]
+        return joints[0], newton, gaps
+
+
+@pytest.mark.parametrize("rewards", [[0, 50, 60, 100], [0, 3, 41, 42], [-300, 0, 0, 300]])
+def test_large_margins_are_weighed_exactly(rewards: list[int]) -> None:
+    joint, rate, _ = by_decimals(rewards, "reward-mixture", Decimal(2), 1)
+    values = torch.tensor([rewards], dtype=torch.float64)
+    found = pair_distribution(values, torch.zeros_like(values), "reward-mixture", beta=2.0)
+    by_policy = pair_distribution(torch.zeros_like(values), values / 2, "policy-mixture", beta=2.0)
+    assert torch.allclose(found[0], torch.tensor([[float(w) for w in row] for row in joint]).double(), rtol=1e-5)
+    assert torch.allclose(found, by_policy, rtol=1e-12)
+    assert float(newton_rate(values, beta=2.0)) == pytest.approx(float(rate), rel=1e-12)
+    top = 0.25 if rewards[1] == 41 else 0.5
+    assert float(found.max()) == pytest.approx(top, rel=0.5) and float(found.sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("sampler", ["reward-mixture", "policy-mixture"])
+@pytest.mark.parametrize(("rewards", "rate"), [([0, 50, 60, 100], 0.5), ([0, 3, 41, 42], 0.25), ([0, 1, 2, 3], None)])
+def test_updates_with_large_margins_are_those_of_exact_arithmetic(
+    sampler: str, rewards: list[int], rate: float | None
+) -> None:
+    _, newton, gaps = by_decimals(rewards, sampler, Decimal(8), 8, None if rate is None else Decimal(rate))
+    found = tabular_dpo(
+        torch.tensor([rewards]), sampler, beta=8.0, learning_rate=float(newton) if rate is None else rate, num_updates=8
+    )
+    assert found[0].tolist() == pytest.approx([float(gap) for gap in gaps], rel=1e-6, abs=1e-24)
+    assert found[0, -1] < found[0, 0]
+
+
+def orders(num_actions: int, beta: float, num_updates: int = 40, **fit: float) -> list[float]:
+    """Of uniform pairs and of both mixtures, over 20 seeds, at the rates of the command."""
+    rewards = torch.cat([random_rewards(1, num_actions, seed).view(1, -1) for seed in range(20)])
+    found = []
+    for sampler in SAMPLERS:
+        rate = newton_rate(torch.zeros_like(rewards) if sampler == "uniform" else rewards, beta=beta)
+        gaps = tabular_dpo(rewards, sampler, beta=beta, learning_rate=rate, num_updates=num_updates)
+        found.append(convergence_order(gaps, **fit))
+    return found
+
+
+@pytest.mark.parametrize(("num_actions", "beta"), [(20, 3.0), (20, 0.1), (100, 1.0), (100, 0.1), (5, 1.0), (20, 30.0)])
+def test_uniform_pairs_converge_linearly_and_mixtures_quadratically(num_actions: int, beta: float) -> None:
+    assert orders(num_actions, beta) == pytest.approx([1, 2, 2], abs=0.2)
+
+
+def test_a_wider_fit_sees_the_approach_too() -> None:
+    assert orders(20, 3.0) == pytest.approx([1.00, 1.98, 2.02], abs=0.01)
+    assert orders(20, 3.0, floor=1e-11, num_last=40) == pytest.approx([0.99, 1.93, 2.09], abs=0.015)
+
+
+def test_too_few_updates_have_no_order() -> None:
+    assert all(math.isnan(order) for order in orders(20, 3.0, num_updates=2))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -103,7 +184,11 @@ def test_orders_of_series_that_are_known() -> None:
     quadratic = 0.5 ** (2.0 ** torch.arange(8).double())
     assert convergence_order(linear[None]) == pytest.approx(1)
     assert convergence_order(quadratic[None], floor=1e-80) == pytest.approx(2)
-    assert convergence_order(torch.ones(2, 10)) != convergence_order(torch.ones(2, 10)), "nothing to fit is NaN"
+    late = torch.cat([torch.tensor([1.0, 0.05, 0.049, 0.048, 0.047]).double(), 0.04 * quadratic[:6]])
+    assert convergence_order(late[None]) == pytest.approx(2, abs=0.05), "a standstill before it does not count"
+    assert math.isnan(convergence_order(torch.ones(2, 10))), "nothing to fit is NaN"
+    stuck = torch.ones(2, len(linear)).double()
+    assert math.isnan(convergence_order(torch.cat([linear[None], stuck]))), "nor is one of three prompts enough"
 
 
 @pytest.mark.parametrize(
@@ -112,6 +197,7 @@ def test_orders_of_series_that_are_known() -> None:
         (torch.zeros(3), {}, r"shape \(P, A\)"),
         (torch.zeros(3, 1), {}, r"shape \(P, A\)"),
         (torch.full((2, 2), float("inf")), {}, "finite"),
+        (torch.zeros(2, 2), {"learning_rate": float("inf")}, "must be finite; newton_rate"),
         (torch.zeros(2, 2), {"beta": 0.0}, "beta must be positive"),
         (torch.zeros(2, 2), {"sampler": "best"}, "no sampler 'best'"),
     ],
