@@ -223,7 +223,8 @@ def _shm_full(num_bytes: int) -> StorageError:
     free = status.f_bavail * status.f_frsize
     return StorageError(
         f"{SHM_FOLDER} has {free} bytes free and the weight buffer needs {num_bytes}",
-        f"free some of {SHM_FOLDER} or lower it with --set sync.bucket_mib=64",
+        f"free some of {SHM_FOLDER} (what dead runs have left: oatlite doctor --clean), or lower it with --set "
+        "sync.bucket_mib=64",
     )
 
 
