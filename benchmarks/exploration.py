@@ -30,12 +30,16 @@ EVAL_EVERY = 128
 METHODS: dict[str, list[str]] = {
     "passive": [],
     "sea-bai": ["--explore", "sea-bai"],
+    "sea-bai-logits": ["--explore", "sea-bai", "--set", "explore.uncertainty=logits"],
     "sea-ee": ["--explore", "sea-ee"],
     "uncertainty": ["--explore", "uncertainty"],
+    "uncertainty-logits": ["--explore", "uncertainty", "--set", "explore.uncertainty=logits"],
     "mixed": ["--explore", "sea-bai", "--set", "explore.self_label_ratio=0.3"],
     "ee4llm": ["--explore", "sea-ee", "--set", "explore.head_only=true", "--best-of-n", "10"],
     # A half of its prompts is asked about: as many queries a step, and as many gradient steps, as with the others.
     "apl": ["--explore", "apl", "--prompts-per-step", "128", "--batch-size", "64"],
+    # Half as many queries a step, and so twice as many gradient steps within the budget.
+    "apl-32": ["--explore", "apl"],
     "xpo": ["--algo", "xpo", "--beta", "0.1"],
     "dpo": ["--algo", "dpo", "--beta", "0.1"],
     "dpo-hybrid": ["--algo", "dpo", "--beta", "0.1", "--sampler", "hybrid"],
@@ -46,7 +50,10 @@ METHODS: dict[str, list[str]] = {
 
 
 PANELS = {
-    "which pair is asked about": ("passive", "sea-bai", "sea-ee", "uncertainty", "mixed", "ee4llm", "apl"),
+    "which pair is asked about": (
+        *("passive", "sea-bai", "sea-bai-logits", "sea-ee", "uncertainty", "uncertainty-logits", "mixed", "ee4llm"),
+        *("apl", "apl-32"),
+    ),
     "whom a pair is sampled from": ("passive", "reference", "hybrid", "mixture", "dpo", "dpo-hybrid", "xpo"),
 }
 
