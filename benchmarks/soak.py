@@ -93,8 +93,10 @@ def soak(folder: Path, name: str, num_steps: int, kill_every: int | None) -> Wat
         time.sleep(0.5)
         if metrics.exists():
             step = metrics.read_text().count('"kind": "step"')
+        if not 0 < step < num_steps:  # still starting, or ending
+            continue
         processes = look(watched, run.pid, step)
-        due = kill_every is not None and step >= killed_at + kill_every and step < num_steps
+        due = kill_every is not None and step >= killed_at + kill_every
         if due and len(processes) == 4:
             os.kill(processes[f"actor-{watched.num_kills % 2}"], signal.SIGKILL)
             watched.num_kills, killed_at = watched.num_kills + 1, step
