@@ -4,7 +4,7 @@ Two runs of the demo's task with a policy of one layer, two actors and one learn
 actor is killed every so often. Memory (RSS), open files and shared-memory segments are sampled while they run; slopes
 are over the second half of the undisturbed run, by least squares. The final weights of both must be the same bytes.
 
-    python benchmarks/soak.py [--steps 500] [--kill-every 50]
+    python benchmarks/soak.py [--steps 1000] [--kill-every 50]
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def records(run: Path) -> list[dict[str, object]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--kill-every", type=int, default=50)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
