@@ -45,6 +45,8 @@ def _shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return ", ".join(_shown(item) for item in value)
+    if isinstance(value, str):
+        return repr(value) if "\n" in value else value
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
