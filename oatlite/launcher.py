@@ -13,8 +13,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from oatlite import reaper
@@ -65,6 +67,25 @@ class Worker:
         return True
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Within this, Ctrl-C and SIGTERM wait where they would raise: nobody would end a process that is started and not
+    yet known. Where they are ignored or end this process, they do."""
+    is_main = threading.current_thread() is threading.main_thread()  # no other thread is interrupted
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if is_main else {}
+    handlers = {number: handler for number, handler in before.items() if callable(handler)}
+    came: list[int] = []
+    for number in handlers:
+        signal.signal(number, lambda signalled, _: came.append(signalled))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for signalled in came:
+            signal.raise_signal(signalled)
+
+
 class LocalLauncher:
     """Owns the run's private folder and its reaper. Use as a context manager: leaving it leaves nothing behind.
 
@@ -94,9 +115,18 @@ class LocalLauncher:
         assert self._reaper.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._reaper.stdin.close()
-        if self._reaper.wait(REAPER_S) != 0:  # it was killed itself
+        if not self._is_reaped():
             reaper.remove_leftovers(*self._leftovers, self._started)
         os.close(self._lock)
+
+    def _is_reaped(self) -> bool:
+        """Whether the reaper has done its work: it may have been killed itself, or be stopped."""
+        try:
+            return self._reaper.wait(REAPER_S) == 0
+        except subprocess.TimeoutExpired:
+            self._reaper.kill()
+            self._reaper.wait()
+            return False
 
     def start(
         self,
@@ -110,7 +140,7 @@ class LocalLauncher:
 
         ``end_signal`` is what asks it to end.
         """
-        with log.open("ab") as output:
+        with log.open("ab") as output, _undisturbed():
             process = subprocess.Popen(
                 command,
                 env={**environment, RUN_VARIABLE: str(self.private_dir)},
@@ -119,7 +149,7 @@ class LocalLauncher:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return self.adopt(process, log, end_signal=end_signal)
+            return self.adopt(process, log, end_signal=end_signal)
 
     def adopt(self, process: subprocess.Popen[bytes], log: Path, *, end_signal: int = signal.SIGTERM) -> Worker:
         """Watch and stop a process that was just started, in a session of its own, with output to ``log``."""

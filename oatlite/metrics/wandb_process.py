@@ -1,7 +1,8 @@
 """The process that talks to Weights & Biases: JSON lines come in on standard input, the first says how to start.
 
-It ends when its input does, at the latest ``close_s`` later, whatever wandb does: so it cannot outlive the run. Where
-wandb has not even started by then, because its server does not answer, the records are kept offline.
+It ends when its input does, whatever wandb does: so it cannot outlive the run. The learner kills it ``close_s`` later;
+without a learner it ends soon by itself. Where wandb has not even started by then, because its server does not answer,
+the records are kept offline.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 INIT_S = 30.0
+PATIENCE_S = 5.0  # past what the learner has, which says so when it kills this process
+ORPHANED_S = 3.0
 START_SHARE = 0.2  # of the time that it has at the end, for a start that has not come about yet
 OFFLINE_BECAUSE = "OATLITE_WANDB_OFFLINE_BECAUSE"
 
@@ -55,19 +58,25 @@ def main() -> int:
 def _records(first: str, close_s: float, has_started: threading.Event) -> Iterator[dict[str, Any]]:
     """Records as they come, read on a thread from now on, so that the end of the input is noticed while wandb hangs."""
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    parent = os.getppid()
 
     def read() -> None:
         for line in sys.stdin:
             lines.put(line)
         lines.put(None)
-        end = threading.Timer(close_s, os._exit, (1,))
-        end.daemon = True
-        end.start()
+        _end_after(close_s + PATIENCE_S, lambda: True)
+        _end_after(ORPHANED_S, lambda: os.getppid() != parent)
         if OFFLINE_BECAUSE not in os.environ and not has_started.wait(close_s * START_SHARE):
             _once_more_offline(first, list(iter(lines.get, None)), close_s * (1 - START_SHARE))
 
     threading.Thread(target=read, daemon=True).start()
     return (json.loads(line) for line in iter(lines.get, None))
+
+
+def _end_after(seconds: float, is_due: Callable[[], bool]) -> None:
+    end = threading.Timer(seconds, lambda: os._exit(1) if is_due() else None)
+    end.daemon = True
+    end.start()
 
 
 def _once_more_offline(first: str, lines: list[str], close_s: float) -> None:

@@ -14,11 +14,12 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from mosec import ClientError, Runtime, Server, ServerError, ValidationError, Worker
@@ -48,6 +49,8 @@ from oatlite.oracles.server_settings import (
     ServerSettings,
     WorkerSettings,
 )
+
+UNREAD_S = 60.0
 
 
 class Gate(Worker):
@@ -100,13 +103,11 @@ class Scorer(Worker):
         try:
             self._oracle = load(settings)
         except OatliteError as error:
-            _leave(notes / f"{FAILED}{settings.index}", json.dumps([error.exit_code, error.message, error.fix]))
-            sys.exit(1)
+            _fail(notes / f"{FAILED}{settings.index}", [error.exit_code, error.message, error.fix])
         except Exception as error:  # told in one line by whoever started us, and here in full
             traceback.print_exc()
             why = f"a worker failed at its start: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            _leave(notes / f"{FAILED}{settings.index}", json.dumps([OracleError.exit_code, why, ""]))
-            sys.exit(1)
+            _fail(notes / f"{FAILED}{settings.index}", [OracleError.exit_code, why, ""])
         _leave(notes / f"{READY}{settings.index}", traits(self._oracle))
 
     def deserialize_ipc(self, data: bytes) -> Request:
@@ -211,6 +212,14 @@ def _all(requests: Sequence[Request], texts: Callable[[Request], list[str]]) -> 
 def _parts(requests: Sequence[Request]) -> list[slice]:
     ends = np.cumsum([len(request) for request in requests]).tolist()
     return [slice(end - len(request), end) for end, request in zip(ends, requests, strict=True)]
+
+
+def _fail(note: Path, words: list[int | str]) -> NoReturn:
+    """Leave ``words`` for the command that started us, which ends us when it has read them. Were we to end first,
+    Mosec might add lines of its own."""
+    _leave(note, json.dumps(words))
+    time.sleep(UNREAD_S)
+    sys.exit(1)
 
 
 def _leave(note: Path, text: str) -> None:

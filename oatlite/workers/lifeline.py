@@ -32,7 +32,7 @@ class Lifeline:
         self._address = address(spec.private_dir, CONTROL_SOCKET)
         self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._stage = ("starting", "")
-        self._supervisor = os.getppid()
+        self._supervisor = spec.supervisor
         self._thread = threading.Thread(target=self._run, name="lifeline", daemon=True)
         self._thread.start()
 

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from oatlite.config.resolve import actors_of_rank
 from oatlite.config.schema import Config
@@ -28,6 +28,7 @@ class WorkerSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run_id: str
+    supervisor: int = Field(default_factory=os.getpid, description="process that starts the worker")
     kind: Literal["learner", "actor"]
     index: int
     run_dir: Path
