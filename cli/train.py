@@ -65,6 +65,8 @@ def train(
     lr: Annotated[float | None, setting("learner.lr", ALGORITHM)] = None,
     lora_rank: Annotated[int | None, setting("lora.rank", ALGORITHM)] = None,
     sync_every: Annotated[int | None, setting("rollout.sync_every", ALGORITHM)] = None,
+    async_: Annotated[bool | None, setting("rollout.asynchronous", ALGORITHM)] = None,
+    max_staleness: Annotated[int | None, setting("rollout.max_staleness", ALGORITHM)] = None,
     offline: Annotated[bool | None, setting("rollout.offline", ALGORITHM)] = None,
     explore: Annotated[
         str | None, setting("explore.rule", ALGORITHM, metavar="sea-bai|sea-ee|uncertainty|passive|apl")

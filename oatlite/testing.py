@@ -31,12 +31,14 @@ from oatlite.preferences import PreferenceSet
 from oatlite.samplers import coefficients
 from oatlite.trainer import StepResult
 from oatlite.workers.active import ActivePreferences
+from oatlite.workers.ahead import Ahead
 from oatlite.workers.contracts import Share
 from oatlite.workers.evaluation import Judge
 from oatlite.workers.experience import Experience
 from oatlite.workers.explorer import Explorer
 from oatlite.workers.learner import Learner
 from oatlite.workers.offline import HeldOutPairs, RecordedExperience
+from oatlite.workers.policies import behaviour_is_kept
 from oatlite.workers.rollout import ParameterSource, Purpose, SamplingOptions
 from oatlite.workers.update import Layout, Updater
 
@@ -280,16 +282,17 @@ def rehearse(
     evaluations instead, if it is given. ``settings`` are configuration sections on top of the arguments.
     """
     config = _config(steps, prompts_per_step, lr, seed, {"rollout": {"sync_every": sync_every}}, settings or {})
-    policy, trainer, updater = _learning_half(config, algorithm, keeps_behaviour=sync_every > 1)
+    policy, trainer, updater = _learning_half(config, algorithm, keeps_behaviour=behaviour_is_kept(config))
     actors = InMemoryActors(oracle or FunctionOracle(score), policy, eval_oracle, config.sampling.mixture_weight)
     share, silent, journal = Share(rank=0, count=1), _Silent(), InMemoryJournal()
     prompts = letter_prompts(4 * prompts_per_step, training_reference)
     head = Explorer(config, share, actors, trainer, CPU) if config.explore.rule not in ("none", "apl") else None
     explorer = ActivePreferences(config, updater.score_by_reference) if config.explore.rule == "apl" else head
+    experience = Experience(config, share, prompts, algorithm, actors, silent, score, explorer)
     Learner(
         config=config,
         num_steps=steps,
-        experience=Experience(config, share, prompts, algorithm, actors, silent, score, explorer),
+        experience=experience,
         judge=Judge(config, share, letter_prompts(26, reference), actors, score, head),
         actors=actors,
         updater=updater,
@@ -298,6 +301,7 @@ def rehearse(
         journal=journal,
         shows=silent,
         measure=dict,
+        ahead=Ahead(config, experience, steps, 1) if config.rollout.asynchronous else None,
     ).run()
     return Rehearsal(journal=journal, policy=policy, calls=actors.calls)
 

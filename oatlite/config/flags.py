@@ -28,6 +28,8 @@ FLAGS: dict[str, str] = {
     "algorithm.beta": "--beta",
     "learner.lr": "--lr",
     "rollout.sync_every": "--sync-every",
+    "rollout.asynchronous": "--async",
+    "rollout.max_staleness": "--max-staleness",
     "rollout.offline": "--offline",
     "rollout.sampler": "--sampler",
     "sampling.max_new_tokens": "--max-new-tokens",

@@ -61,10 +61,12 @@ ONLINE_ONLY = ("data.prompts", "data.max_queries", "oracle.path", "placement.act
 """Of a preset, what an offline run does not take over; given otherwise, it is refused there."""
 OFFLINE_UNREAD = (
     *("sampling.", "explore.", "oracle.", "remote.", "judge.", "sync.", "lora.sync"),
-    *("rollout.sync_every", "rollout.sampler"),
+    *("rollout.sync_every", "rollout.sampler", "rollout.asynchronous", "rollout.max_staleness"),
+    *("rollout.strict_staleness", "learner.importance_cap"),
     *("eval.gold_score", "eval.oracle", "eval.best_of_n", "eval.online", "eval.every_queries"),
 )
 
+ASYNC_ONLY = ("rollout.max_staleness", "rollout.strict_staleness")
 HEAD_RULES = ("sea-bai", "sea-ee", "uncertainty", "passive")
 EXPLORE_READ_BY: dict[str, tuple[str, ...]] = {
     **{f"explore.{name}": ("apl",) for name in ("entropy_share", "certainty_share")},
@@ -117,7 +119,7 @@ def load_config(
         check_key(key, given.source, _algorithm(merged))
     config = _validate(merged)
     _check_task(config)
-    _check_exploration(merged)
+    _check_composition(merged)
     if is_offline:
         _check_all_is_read(merged)
     return config
@@ -310,11 +312,11 @@ def _check_template(config: Config) -> None:
         )
 
 
-def _check_exploration(merged: Layer) -> None:
-    """Refuse options that were typed and that the rule of exploration, or the sampler, does not read."""
-    rule, sampler = (
+def _check_composition(merged: Layer) -> None:
+    """Refuse options that were typed and that the rule of exploration, the sampler, or a run in turns does not read."""
+    rule, sampler, is_async = (
         merged[key].value if key in merged else none
-        for key, none in (("explore.rule", "none"), ("rollout.sampler", "policy"))
+        for key, none in (("explore.rule", "none"), ("rollout.sampler", "policy"), ("rollout.asynchronous", False))
     )
     for key, given in merged.items():
         if not given.source.startswith("--"):
@@ -324,6 +326,8 @@ def _check_exploration(merged: Layer) -> None:
         if key in EXPLORE_READ_BY and rule not in EXPLORE_READ_BY[key]:
             readers = " or ".join(EXPLORE_READ_BY[key])
             raise ConfigError(f"{given.source} is for --explore {readers}, and this is {rule}", "leave it out")
+        if key in ASYNC_ONLY and not is_async:
+            raise ConfigError(f"{given.source} is for --async", "add --async, or leave it out")
         if key == "sampling.mixture_weight" and sampler != "mixture" and _algorithm(merged) in ALGORITHM_CONFIGS:
             raise ConfigError(f"{given.source} is for --sampler mixture, and this is {sampler}", "leave it out")
 

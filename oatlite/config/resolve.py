@@ -40,6 +40,7 @@ def resolve(config: Config, num_gpus: int, *, is_resumed: bool = False) -> Confi
     _check_offload(resolved)
     _check_reference(resolved)
     _check_samplers(resolved)
+    _check_asynchronous(resolved)
     _check_ranks(resolved)
     resolved = _with_transport(resolved)
     _check_batches(resolved, batch_size_is_default=config.learner.batch_size is None)
@@ -137,6 +138,10 @@ def _filled(config: Config, num_gpus: int) -> dict[str, Any]:
 
     default(placement, "gpus", num_gpus)
     on_gpu = placement["gpus"] > 0
+    if values["rollout"]["asynchronous"] and placement["gpus"] > 1:  # each side has GPUs of its own
+        others = placement["gpus"] - (placement["actors"] or placement["gpus"] // 2)
+        default(placement, "learners", max(1, min(others, placement["gpus"] // 2)))
+        default(placement, "actors", placement["gpus"] - placement["learners"])
     default(placement, "learners", min(placement["gpus"] or 1, placement["actors"] or math.inf))
     default(placement, "actors", 0 if config.rollout.offline else max(placement["gpus"], placement["learners"]))
     default(model, "reference", model["path"])
@@ -261,6 +266,31 @@ def _check_samplers(config: Config) -> None:
             f"model.reference = {config.model.reference} is to be sampled from, and with lora.sync = adapter the "
             "actors have the policy's own base alone",
             f"type {to_type('lora.sync', 'merged')}",
+        )
+
+
+def _check_asynchronous(config: Config) -> None:
+    """Actors that sample while learners learn: between two steps, and on GPUs of their own."""
+    rollout, place = config.rollout, config.placement
+    if not rollout.asynchronous:
+        return
+    if rollout.sync_every != 1:
+        raise ConfigError(
+            f"rollout.sync_every = {rollout.sync_every}, and --async syncs after each step",
+            f"type {to_type('rollout.sync_every', 1)}, or {to_type('rollout.asynchronous', False)}",
+        )
+    if config.explore.rule != "none":
+        raise ConfigError(
+            f"--explore {config.explore.rule} chooses by what the step before has taught, and --async samples before "
+            "that",
+            f"type {to_type('rollout.asynchronous', False)}",
+        )
+    assert place.actors is not None and place.learners is not None and place.gpus is not None
+    if 0 < place.gpus < place.actors + place.learners:
+        raise ConfigError(
+            f"--async wants a GPU for each process, and {_count(place.learners, 'learner rank')} and "
+            f"{_count(place.actors, 'actor')} have {_count(place.gpus, 'GPU')}",
+            f"type {to_type('rollout.asynchronous', False)}, or --learners and --actors that fit",
         )
 
 

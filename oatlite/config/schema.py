@@ -112,6 +112,16 @@ class RolloutConfig(Section):
     )
     prompts_per_step: PerStep = Field(128, description="prompts of one step over all ranks")
     sync_every: PositiveInt = Field(1, description="steps between weight syncs; larger than the run: offline baseline")
+    asynchronous: bool = Field(
+        False, description="sample the steps to come while the learner is at work, each with processes of its own"
+    )
+    max_staleness: PositiveInt = Field(
+        1, description="with --async: policy versions that may lie between a sample and the step that trains on it"
+    )
+    strict_staleness: bool = Field(
+        False,
+        description="with --async: each sample is as stale as it may be, so that a run of one seed repeats itself",
+    )
     offline: bool = Field(
         False, description="no rollouts: train on the pairs of --preferences, without actor or oracle"
     )
@@ -148,6 +158,11 @@ class LearnerConfig(Section):
     )
     reference_offload: bool = Field(
         False, description="keep the reference model in host memory while it is not asked; less GPU memory, slower"
+    )
+    importance_cap: PositiveFloat | None = Field(
+        None,
+        description="weight each pair by how much likelier the newest policy is to sample it than the one that did, "
+        "up to this; default: each counts once",
     )
     log_kl: bool = Field(False, description="keep a reference model for the KL metric when the loss needs none")
 

@@ -128,6 +128,15 @@ def _chunks(num_tokens: int, chunk: int) -> list[slice]:
     return [slice(start, start + chunk) for start in range(0, num_tokens, chunk)]
 
 
+def truncated_importance(log_ratios: Tensor, cap: float) -> Tensor:
+    """Weights ``min(exp(log_ratios), cap)`` (B,) of samples, from the log-probability (B,) of each under the policy
+    that it is to stand for minus that under the one that drew it.
+
+    Ionides, "Truncated Importance Sampling" (2008): the cap bounds the variance, at the price of a bias.
+    """
+    return log_ratios.exp().clamp(max=cap)
+
+
 def mismatch(learner: Tensor, sampler: Tensor) -> dict[str, float]:
     """How far the learner's log-probabilities of sampled tokens are from the sampler's, both (T,).
 

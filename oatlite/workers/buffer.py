@@ -13,14 +13,16 @@ from oatlite.models import TokenPair
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPair:
     """A judged pair. ``sampler_logprobs`` are those of the chosen response, then of the rejected one, where this run
-    has sampled them, and ``samplers`` the names of the distributions that they are of; ``margin`` is the oracle's
-    reward of the one minus that of the other; ``is_trainable`` says that the verdict can be used."""
+    has sampled them, ``samplers`` the names of the distributions that they are of, and ``policy_version`` the version
+    of the policy in them; ``margin`` is the oracle's reward of the one minus that of the other; ``is_trainable`` says
+    that the verdict can be used."""
 
     tokens: TokenPair
     sampler_logprobs: Float32 | None
     is_trainable: bool
     margin: float = 0.0
     samplers: tuple[str, str] = ("policy", "policy")
+    policy_version: int = 0
 
 
 @dataclass(slots=True)

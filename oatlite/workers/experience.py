@@ -231,11 +231,13 @@ class Experience:
                     is_trainable=bool(trainable[b]),
                     margin=float(margins[b] if first_wins[b] else -margins[b]),
                     samplers=(chosen.sampler, rejected.sampler),
+                    policy_version=rollouts.policy_version or 0,
                 )
             )
             win = float(verdicts.first_win[b])
             row: dict[str, Any] = {
                 "step": step,
+                "policy_version": rollouts.policy_version,
                 "prompt": contest.prompt,
                 "chosen": chosen.text,
                 "rejected": rejected.text,

@@ -6,10 +6,12 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from oatlite.config.schema import Config
 from oatlite.metrics.records import Mean
+from oatlite.workers.ahead import Ahead
 from oatlite.workers.contracts import Actors, Collects, Judges, Keeps, Policies, Ranks, Shows, Updates
 from oatlite.workers.experience import Rollouts
 from oatlite.workers.saving import Progress, Saves
@@ -18,7 +20,7 @@ from oatlite.workers.update import UpdateStats
 
 class Learner:
     """One rank of the learner. All ranks go through the same steps; ``journal`` is None on all but rank 0, and
-    ``actors`` where nothing is sampled."""
+    ``actors`` where nothing is sampled. ``ahead`` collects in place of this loop, where a run is asynchronous."""
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class Learner:
         keeper: Saves | None = None,
         progress: Progress | None = None,
         is_stop_asked: Callable[[], bool] = lambda: False,
+        ahead: Ahead | None = None,
     ) -> None:
         self._config = config
         self._num_steps = num_steps
@@ -52,6 +55,7 @@ class Learner:
         self._keeper = keeper
         self._progress = progress or Progress()
         self._is_stop_asked = is_stop_asked
+        self._ahead = ahead
 
     def run(self) -> bool:
         """All steps that are left, with an evaluation before the first, after the last, and every so often between.
@@ -64,11 +68,15 @@ class Learner:
             self.evaluate(0)
         for step in range(self._progress.step + 1, self._num_steps + 1):
             clock = _Clock()
-            rollouts = self._experience.collect(step, self._progress.num_queries)
+            rollouts = self._collect(step)
             clock.lap("collect_s")
             with self._shows.doing("learn", f"step {step}"):
                 stats = self._updater.learn(rollouts.pairs, step)
             clock.lap("learn_s")
+            if self._ahead is not None:
+                with self._shows.doing("generate", f"version {step} waits for the batch under way"):
+                    self._ahead.pause()
+                clock.lap("pause_s")
             if self._actors is not None and step % config.rollout.sync_every == 0:
                 with self._shows.doing("sync", f"version {step}"):
                     self._actors.sync(step, self._policies.adopt())
@@ -79,6 +87,8 @@ class Learner:
             if is_last or self._is_evaluation_due(step, before):
                 self.evaluate(step)
             is_stopping = not is_last and self._ranks.maximum(float(self._is_stop_asked())) > 0
+            if is_stopping and self._ahead is not None:
+                self._give_up(self._ahead)
             if self._keeper is not None and (is_stopping or step % config.checkpoint.save_every == 0):
                 with self._shows.doing("save", f"step {step}"):
                     self._keeper.save(self._progress)
@@ -87,6 +97,20 @@ class Learner:
             if is_last:
                 break
         return True
+
+    def _collect(self, step: int) -> Rollouts:
+        if self._ahead is None:
+            return self._experience.collect(step, self._progress.num_queries)
+        self._ahead.go_on(step - 1, self._progress.num_queries)
+        with self._shows.doing("generate", f"step {step}"):
+            return self._ahead.take()
+
+    def _give_up(self, ahead: Ahead) -> None:
+        """What was sampled ahead is lost in a stop; its queries were spent all the same."""
+        (num_lost,) = map(int, self._ranks.add_up([ahead.give_up()]))
+        self._progress = replace(self._progress, num_queries=self._progress.num_queries + num_lost)
+        if num_lost and self._journal is not None:
+            self._journal.note(f"stopping: {num_lost} pairs that were judged ahead are not trained on")
 
     def _is_spent(self) -> bool:
         """Whether the budget of oracle queries is used up."""
@@ -143,7 +167,7 @@ class Learner:
         counts = [len(rollouts.pairs), num_trained, rollouts.num_tokens, rollouts.num_queries]
         counts += [rollouts.num_failures, rollouts.num_without_verdict]
         pairs, trained, tokens, queries, failures, without_verdict = map(int, self._ranks.add_up(counts))
-        actors, sampled_with = self._actors, rollouts.policy_version
+        actors, sampled_with = self._actors, self._oldest(step, rollouts.policy_version)
         self._progress = Progress(
             step=step,
             num_queries=self._progress.num_queries + queries,
@@ -177,7 +201,7 @@ class Learner:
             epoch=rollouts.epoch,
             lr=stats.lr,
             gradient_steps=stats.num_steps,
-            mismatch_max=stats.mismatch_max if sampled_with is not None else None,
+            mismatch_max=stats.mismatch_max if means["mismatch_mean"].count else None,
             staleness=step - 1 - sampled_with if sampled_with is not None else None,
             trained_pairs=trained,
             unusable_pairs=pairs - trained,
@@ -185,6 +209,12 @@ class Learner:
             perf=perf | self._measure() | {"step_s": clock.total()},
             **means,
         )
+
+    def _oldest(self, step: int, version: int | None) -> int | None:
+        """The oldest of the versions that the ranks' actors sampled ``step`` with; in turns they are the same."""
+        if self._ahead is None or version is None:
+            return version
+        return step - int(self._ranks.maximum(float(step - version)))
 
     def _add_up(self, means: dict[str, Mean]) -> dict[str, Mean]:
         flat = self._ranks.add_up([value for mean in means.values() for value in (mean.sum, mean.count)])

@@ -39,6 +39,7 @@ from oatlite.trainer import OptimizerOptions, Ranks, Trainer, join_ranks
 from oatlite.transport import Hub, address
 from oatlite.weights import DTYPES, WeightExporter, create_buffer, plan_layout
 from oatlite.workers.active import ActivePreferences
+from oatlite.workers.ahead import Ahead, Unseen
 from oatlite.workers.contracts import Collects, Explores, Judges, Share
 from oatlite.workers.evaluation import Judge
 from oatlite.workers.experience import Experience
@@ -48,7 +49,7 @@ from oatlite.workers.journal import Journal
 from oatlite.workers.learner import Learner
 from oatlite.workers.lifeline import Lifeline
 from oatlite.workers.offline import HeldOutPairs, RecordedExperience
-from oatlite.workers.policies import PolicyWeights
+from oatlite.workers.policies import PolicyWeights, behaviour_is_kept
 from oatlite.workers.reference import ReferenceModel
 from oatlite.workers.rollout import ActorPool, Deadlines
 from oatlite.workers.saving import Keeper, Progress
@@ -90,7 +91,7 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
         trainer,
         sent,
         dtype,
-        keeps_behaviour=pool is not None and (config.rollout.sync_every > 1 or config.learner.zero_stage == 3),
+        keeps_behaviour=pool is not None and behaviour_is_kept(config),
     )
     rows = Layout(name=layout, pad_token_id=int(tokenizer.pad_token_id), device=device)
     reference, at_hand = _reference(config, algorithm, device, policy, trainer)
@@ -127,6 +128,7 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
         keeper=keeper,
         progress=progress,
         is_stop_asked=is_stop_asked.is_set,
+        ahead=Ahead(config, experience, spec.most_steps, progress.step + 1) if config.rollout.asynchronous else None,
     ).run()
     if pool is not None:
         pool.stop()
@@ -191,7 +193,8 @@ def _halves(
         config.data, config.eval.prompts, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
     )
     gold = _gold(config)
-    experience = Experience(config, share, prompts, algorithm, pool, lifeline, gold, explorer)
+    shows = Unseen() if config.rollout.asynchronous else lifeline
+    experience = Experience(config, share, prompts, algorithm, pool, shows, gold, explorer)
     return experience, Judge(config, share, held_out, pool, gold, head)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from oatlite.config.schema import Config
 from oatlite.lora import Published
 from oatlite.trainer import Trainer
 from oatlite.workers.rollout import ParameterSource
@@ -14,12 +15,17 @@ from oatlite.workers.rollout import ParameterSource
 MODULE_PREFIX = "model."  # PairModel holds the policy under this name
 
 
+def behaviour_is_kept(config: Config) -> bool:
+    """Whether an actor that restarts needs other weights than the learner's as they are then."""
+    return config.rollout.sync_every > 1 or config.rollout.asynchronous or config.learner.zero_stage == 3
+
+
 class PolicyWeights:
     """``published`` are the tensors that actors are sent, by their names there.
 
     ``keeps_behaviour`` makes a copy in host memory at each adoption. It is needed where the behaviour lags behind the
-    newest weights (``sync_every`` above 1), and under ZeRO-3, where weights for one restarted actor could otherwise be
-    gathered only if all ranks took part.
+    newest weights (``sync_every`` above 1, or an asynchronous run), and under ZeRO-3, where weights for one restarted
+    actor could otherwise be gathered only if all ranks took part.
     """
 
     def __init__(

@@ -71,7 +71,8 @@ class Deadlines:
 
 
 class ActorPool:
-    """The actors of one learner rank. All methods block, each with its deadline, and are called from one thread."""
+    """The actors of one learner rank. All methods block, each with its deadline, and are called by one thread at a
+    time."""
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from oatlite.algorithms.base import Algorithm
 from oatlite.config.resolve import gradient_steps
 from oatlite.config.schema import Config
-from oatlite.maths.logprobs import mismatch
+from oatlite.maths.logprobs import mismatch, truncated_importance
 from oatlite.maths.losses import PairLosses
 from oatlite.maths.pairs import PairBatch, ResponseLogprobs, pair_tokens
 from oatlite.messages import Float32
@@ -55,9 +55,11 @@ class Layout:
 class UpdateStats:
     """Metrics of one step on one rank; Means add up over ranks, ``mismatch_max`` takes their maximum.
 
-    The mismatch is that of the responses that the policy itself has sampled for the step, if there are any, at its
-    first gradient step: later ones would show how far the policy has moved since, and not how well sampler and learner
-    agree. ``reference_s`` is the time of the reference's pass.
+    The mismatch is that of the responses that the newest policy itself has sampled for the step, if there are any, at
+    its first gradient step: later ones would show how far the policy has moved since, and not how well sampler and
+    learner agree. ``drift`` shows just that, at the same gradient step, of the responses of any version: the sampler's
+    log-probability of a response minus the learner's, whose mean estimates KL(sampler || learner).
+    ``reference_s`` is the time of the reference's pass.
     """
 
     loss: Mean = field(default_factory=Mean)
@@ -67,6 +69,9 @@ class UpdateStats:
     balance: Mean = field(default_factory=Mean)
     mismatch_mean: Mean = field(default_factory=Mean)
     mismatch_outside: Mean = field(default_factory=Mean)
+    drift: Mean = field(default_factory=Mean)
+    importance: Mean = field(default_factory=Mean)
+    importance_capped: Mean = field(default_factory=Mean)
     grad_norm: Mean = field(default_factory=Mean)
     mismatch_max: float = 0.0
     lr: float = 0.0
@@ -74,8 +79,8 @@ class UpdateStats:
     reference_s: float = 0.0
 
     def means(self) -> dict[str, Mean]:
-        names = ("loss", "margin", "accuracy", "kl", "balance", "mismatch_mean", "mismatch_outside", "grad_norm")
-        return {name: getattr(self, name) for name in names}
+        means = (field.name for field in fields(self) if isinstance(getattr(self, field.name), Mean))
+        return {name: getattr(self, name) for name in means}
 
 
 class Updater:
@@ -216,10 +221,11 @@ class Updater:
             margins=torch.tensor([entry.pair.margin for entry in entries]).to(logprobs),
             policy_kl=crossed[0],
             reference_kl=crossed[1],
-            chosen_is_reference=self._is_reference(entries, 0),
-            rejected_is_reference=self._is_reference(entries, 1),
+            chosen_is_reference=self._is_sampled_by("reference", entries, 0),
+            rejected_is_reference=self._is_sampled_by("reference", entries, 1),
         )
         result = self._algorithm.loss(policy, reference if needs.reference else None, facts)
+        result = self._weighted(result, entries, policy, batch, stats)
         if balance is not None:
             result = result._replace(losses=result.losses + coefficient * balance)
             stats.balance.add(balance.item(), len(entries))
@@ -232,8 +238,40 @@ class Updater:
             stats.kl.extend((policy.rejected - reference.rejected).tolist())
         return logprobs, result
 
-    def _is_reference(self, entries: Sequence[Entry], side: int) -> torch.Tensor:
-        found = [entry.pair.samplers[side] == "reference" for entry in entries]
+    def _weighted(
+        self,
+        result: PairLosses,
+        entries: Sequence[Entry],
+        policy: ResponseLogprobs,
+        batch: ForwardBatch,
+        stats: UpdateStats,
+    ) -> PairLosses:
+        """Losses by importance, where that is asked for; and note how far the policy is from what sampled its pairs.
+
+        Only what the policy itself sampled counts: a response of the reference or of a mixture was meant to be theirs.
+        """
+        sampled = [entry.pair.sampler_logprobs for entry in entries if entry.pair.sampler_logprobs is not None]
+        if not sampled:
+            return result
+        newest = policy.chosen.detach(), policy.rejected.detach()
+        flat = torch.from_numpy(np.concatenate(sampled)).to(newest[0])
+        sampler = ResponseLogprobs.from_tokens(flat, batch.segments, batch.num_pairs)
+        is_own = [self._is_sampled_by("policy", entries, side) for side in (0, 1)]
+        chosen, rejected = newest[0] - sampler.chosen, newest[1] - sampler.rejected
+        if stats.num_steps == 0:
+            stats.drift.extend((-chosen[is_own[0]]).tolist())
+            stats.drift.extend((-rejected[is_own[1]]).tolist())
+        cap = self._config.learner.importance_cap
+        if cap is None:
+            return result
+        weights = truncated_importance(chosen * is_own[0] + rejected * is_own[1], cap)
+        stats.importance.extend(weights.tolist())
+        stats.importance_capped.extend((weights >= cap).float().tolist())
+        return result._replace(losses=weights * result.losses)
+
+    def _is_sampled_by(self, name: str, entries: Sequence[Entry], side: int) -> torch.Tensor:
+        """(B,), bool"""
+        found = [entry.pair.samplers[side] == name for entry in entries]
         return torch.tensor(found, device=self._layout.device)
 
     def _responses(
@@ -322,7 +360,11 @@ class Updater:
         if not sampled:
             return
         counts = np.repeat(
-            [entry.step == step and name == "policy" for entry in entries for name in entry.pair.samplers],
+            [
+                entry.pair.policy_version == step - 1 and name == "policy"
+                for entry in entries
+                for name in entry.pair.samplers
+            ],
             [len(tokens) for e in entries for tokens in (e.pair.tokens.chosen, e.pair.tokens.rejected)],
         )
         sampler = np.concatenate(sampled)

@@ -172,8 +172,9 @@ def test_every_flag_reaches_its_option(trained: list[Any]) -> None:
     }  # fmt: skip
     # Flags that go with no rollouts, and with what does not contradict them.
     offline: dict[str, Any] = {"rollout.offline": True, "data.preferences": "p", "model.path": "m"}
-    assert set(values | offline) == set(FLAGS), "a new flag needs a value here"
-    for number, given in enumerate((values, offline)):
+    ahead: dict[str, Any] = {"rollout.asynchronous": True, "rollout.max_staleness": 3}
+    assert set(values | offline | ahead) == set(FLAGS), "a new flag needs a value here"
+    for number, given in enumerate((values, offline, ahead)):
         typed = [word for key, value in given.items() for word in to_type(key, value).split()]
         assert main(["train", *typed]) == 0
         for key, value in given.items():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from oatlite.config.dump import toml_value
+from oatlite.config.flags import FLAGS
 from oatlite.config.load import dump_toml, load_config, num_steps, preset_names, resolve
 from oatlite.config.oracle_names import for_evaluation
 from oatlite.config.placement import places, starts_after
@@ -26,6 +27,9 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def resolved(num_gpus: int = 0, **given: Any) -> Config:
     return resolve(load_config(num_gpus=num_gpus, **given), num_gpus)
+
+
+OFFLINE = {"rollout.offline": True, "data.preferences": "some/pairs", "model.path": "some/model"}
 
 
 def refused(num_gpus: int = 0, **given: Any) -> str:
@@ -100,6 +104,49 @@ def test_what_is_typed_for_nothing_is_refused(rule: str, setting: str, words: st
     assert words in refused(preset="demo", flags={"explore.rule": rule}, sets=[setting])
 
 
+ASYNC = {"rollout.asynchronous": True}
+
+
+def test_sampling_ahead_gives_each_process_a_gpu_of_its_own() -> None:
+    for flags, learners, actors in (
+        ({"placement.gpus": 2}, 1, 1),
+        ({"placement.gpus": 5}, 2, 3),
+        ({"placement.gpus": 4, "placement.actors": 3}, 1, 3),
+        ({"placement.gpus": 4, "placement.learners": 1}, 1, 3),
+    ):
+        config = resolved(8, preset="tldr", flags=ASYNC | flags | {"rollout.prompts_per_step": 96})
+        assert (config.placement.learners, config.placement.actors) == (learners, actors)
+        gpus = [place.gpu for place in places(config, cores=(0, 1))]
+        assert len(set(gpus)) == len(gpus) and config.sync.transport == "shm"
+        assert resolve(config, 8, is_resumed=True) == config
+    on_cpu = resolved(0, flags=ASYNC)
+    assert (on_cpu.placement.learners, on_cpu.placement.actors) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ASYNC | {"placement.gpus": 1},
+            ["a GPU for each process", "1 learner rank and 1 actor have 1 GPU", "--no-async"],
+        ),
+        (ASYNC | {"placement.gpus": 4, "placement.actors": 4}, ["1 learner rank and 4 actors have 4 GPUs"]),
+        (ASYNC | {"rollout.sync_every": 4}, ["syncs after each step", "--sync-every 1"]),
+        (ASYNC | {"explore.rule": "sea-bai"}, ["--explore sea-bai", "--no-async"]),
+        ({"rollout.max_staleness": 2}, ["--max-staleness is for --async"]),
+        ({"rollout.strict_staleness": True}, ["add --async"]),
+        (OFFLINE | ASYNC, ["--async is for rollouts"]),
+        (OFFLINE | {"learner.importance_cap": 2.0}, ["importance_cap=2.0 is for rollouts"]),
+    ],
+)
+def test_what_does_not_go_with_sampling_ahead(flags: dict[str, Any], words: list[str]) -> None:
+    # As they would be typed.
+    sets = [f"{key}={str(value).lower()}" for key, value in flags.items() if key not in FLAGS]
+    message = refused(4, flags={key: value for key, value in flags.items() if key in FLAGS}, sets=sets)
+    for word in words:
+        assert word in message
+
+
 def test_a_template_that_cannot_be_used() -> None:
     assert "--set" in refused(sets=["data.prompt_template=Answer:"])
     assert "{prompt} once" in refused(sets=["data.prompt_template=Q {prompt} {prompt}"])
@@ -134,9 +181,6 @@ def test_no_task_given_means_the_demo_on_the_cpu_and_tldr_on_gpus() -> None:
     assert resolved(4, flags={"placement.gpus": 4}).placement.gpus == 4
     on_cpu = resolved(4, flags={"placement.gpus": 0})
     assert (on_cpu.model.path, on_cpu.placement.gpus) == ("demo", 0)
-
-
-OFFLINE = {"rollout.offline": True, "data.preferences": "some/pairs", "model.path": "some/model"}
 
 
 def test_an_offline_run_has_learners_alone() -> None:

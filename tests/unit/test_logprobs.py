@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oatlite.maths.logprobs import mismatch, token_logprobs
+from oatlite.maths.logprobs import mismatch, token_logprobs, truncated_importance
 
 T, D, V = 23, 6, 41
 
@@ -137,3 +137,8 @@ def test_mismatch_adds_up_over_ranks():
 
 def test_mismatch_counts_what_is_not_a_number_as_outside():
     assert mismatch(torch.tensor([float("nan"), -1.0]), torch.tensor([-1.0, -1.0]))["num_outside"] == 1
+
+
+def test_importance_is_the_ratio_up_to_its_cap():
+    ratios = torch.tensor([0.25, 1.0, 1.9, 2.1, 1e9], dtype=torch.float64)
+    assert truncated_importance(ratios.log(), 2.0).tolist() == pytest.approx([0.25, 1.0, 1.9, 2.0, 2.0])
