@@ -28,7 +28,8 @@ class Place:
 def places(config: Config, cores: Sequence[int]) -> list[Place]:
     """Learners first. Where the GPUs suffice for all, each process has its own; else actors and learners share them.
 
-    Learners and actors each have all ``cores`` between them, because in turn one group waits for the other.
+    Learners and actors each have all ``cores`` between them, because in turn one group waits for the other; where they
+    do not take turns, the kernel shares the cores out.
     """
     num_gpus, learners, actors = config.placement.gpus, config.placement.learners, config.placement.actors
     assert num_gpus is not None and learners is not None and actors is not None, "resolved first"
