@@ -16,6 +16,8 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from oatlite.sampling import SamplingOptions
+
 MAX_FRAME_BYTES = 1 << 30
 MAX_HEADER_BYTES = 256 << 20
 MAX_FRAMES = 16
@@ -156,7 +158,7 @@ class GenerateRequest(Message):
 
     ``prompt_tokens`` holds all prompts end to end, ``prompt_lengths`` (M,) cuts them; ``seeds`` (M * N,) has one
     seed per sample, a prompt's N samples side by side. ``samplers`` are of ``oatlite.samplers.SAMPLERS``, of which the
-    reference is the same in all versions. ``temperature`` 0 is greedy.
+    reference is the same in all versions. The last four fields are those of ``sampling``.
     """
 
     batch_id: str = text()
@@ -169,6 +171,15 @@ class GenerateRequest(Message):
     top_p: float = real(0.0, 1.0)
     top_k: int = integer(0, 1 << 24)
     max_new_tokens: int = integer(1, 1 << 20)
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        return SamplingOptions(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+        )
 
     def validate(self) -> None:
         _require(int(self.prompt_lengths.sum()) == self.prompt_tokens.size, "prompt lengths do not add up")
