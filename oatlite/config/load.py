@@ -28,8 +28,9 @@ from oatlite.config.keys import (
     unknown_key,
     unknown_section,
 )
-from oatlite.config.resolve import DEMO, num_steps, resolve, resolve_inference
+from oatlite.config.resolve import DEMO, resolve, resolve_inference
 from oatlite.config.schema import PROMPT, Config
+from oatlite.config.steps import num_steps
 from oatlite.errors import ConfigError
 from oatlite.hardware import gpu_names
 
