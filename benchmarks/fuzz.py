@@ -23,7 +23,9 @@ from fuzz_settings import outcome, spoiled_settings
 from fuzz_sockets import Live, live, memory_bytes
 from report import machine, save
 
-from oatlite.messages import MalformedMessage, WeightManifest, decode
+from oatlite.messages import WeightManifest
+from oatlite.messages.codec import decode
+from oatlite.messages.fields import MalformedMessage
 from oatlite.weights import Layout
 
 SLOWEST_S = 0.5

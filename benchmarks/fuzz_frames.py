@@ -11,8 +11,9 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from oatlite import messages
-from oatlite.messages import MESSAGES, MalformedMessage, Message, decode, encode
+from oatlite.messages import MESSAGES, PURPOSES, Message
+from oatlite.messages.codec import decode, encode
+from oatlite.messages.fields import MalformedMessage
 
 RUN = "0123456789ab"
 Frames = list[bytes]
@@ -72,7 +73,7 @@ def real_messages(generator: random.Random) -> list[Message]:
         },
         "CompareRequest": {
             "batch_id": "7",
-            "purpose": generator.choice(messages.PURPOSES),
+            "purpose": generator.choice(PURPOSES),
             "prompts": words,
             "first": answers,
             "second": answers[::-1],

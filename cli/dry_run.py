@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from oatlite.config.load import num_steps
+from oatlite.config.on_disk import named_paths
 from oatlite.config.placement import Place, places
-from oatlite.config.resolve import named_paths
 from oatlite.config.schema import Config
 from oatlite.hardware import available_memory_bytes, free_bytes, usable_cores
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from oatlite.config.flags import to_type
-from oatlite.config.resolve import pairs_of_step
 from oatlite.config.schema import Config
+from oatlite.config.steps import pairs_of_step
 from oatlite.data import load_prompts
 from oatlite.errors import ConfigError
 from oatlite.loading import load_callable

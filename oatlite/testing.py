@@ -29,6 +29,7 @@ from oatlite.models import ForwardBatch
 from oatlite.oracles.base import PreferenceOracle, RewardOracle, Verdicts, checked
 from oatlite.preferences import PreferenceSet
 from oatlite.samplers import coefficients
+from oatlite.sampling import SamplingOptions
 from oatlite.trainer import StepResult
 from oatlite.workers.active import ActivePreferences
 from oatlite.workers.ahead import Ahead
@@ -39,7 +40,7 @@ from oatlite.workers.explorer import Explorer
 from oatlite.workers.learner import Learner
 from oatlite.workers.offline import HeldOutPairs, RecordedExperience
 from oatlite.workers.policies import behaviour_is_kept
-from oatlite.workers.rollout import ParameterSource, Purpose, SamplingOptions
+from oatlite.workers.rollout import ParameterSource, Purpose
 from oatlite.workers.update import Layout, Updater
 
 EOS = 0
@@ -117,7 +118,7 @@ class InMemoryActors:
             previous = tokens[-1] if tokens else int(prompt[-1])
             both = self._logits[previous].double(), self._reference_logits[previous].double()
             logits = mixed_logprobs(*both, shares)
-            if sampling.temperature == 0:
+            if sampling.is_greedy:
                 token = int(logits.argmax())
             else:
                 token = int(rng.choice(len(LETTERS), p=(logits / sampling.temperature).softmax(-1).numpy()))

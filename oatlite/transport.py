@@ -16,7 +16,9 @@ from pathlib import Path
 import zmq
 
 from oatlite.errors import DeadlineExceeded, WorkerDied
-from oatlite.messages import MAX_FRAME_BYTES, MAX_FRAMES, MalformedMessage, Message, decode, encode
+from oatlite.messages import Message
+from oatlite.messages.codec import MAX_FRAMES, decode, encode
+from oatlite.messages.fields import MAX_FRAME_BYTES, MalformedMessage
 
 log = logging.getLogger(__name__)
 

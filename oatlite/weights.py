@@ -27,7 +27,8 @@ import torch
 
 from oatlite.errors import ConfigError, StorageError
 from oatlite.hardware import expandable_segments
-from oatlite.messages import CudaIpcHandle, MalformedMessage, ShmHandle, WeightManifest
+from oatlite.messages import CudaIpcHandle, ShmHandle, WeightManifest
+from oatlite.messages.fields import MalformedMessage
 
 SHM_FOLDER = Path("/dev/shm")
 SHM_PREFIX = "oatlite-"

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["model", "function", "remote", "judge"]
 
+PAIRRM = {"pairrm": "llm-blender/PairRM-hf"}
+
 
 def for_evaluation(config: Config) -> Config:
     """``config`` with the oracle of evaluation, and its own options where it has any, in place of that of training."""
@@ -37,3 +39,9 @@ def kind_of(name: str) -> Kind:
     if ":" in name and not Path(name).exists():
         return "function"
     return "model"
+
+
+def oracle_names(config: Config) -> list[tuple[str, str]]:
+    """Every oracle that is named, of training and of evaluation, each with its key."""
+    keys = (("oracle.path", config.oracle.path), ("eval.oracle", config.eval.oracle))
+    return [(key, name) for key, names in keys for name in names]

@@ -57,6 +57,13 @@ def places(config: Config, cores: Sequence[int]) -> list[Place]:
     return learner_places + actor_places
 
 
+def actors_of_rank(config: Config, rank: int) -> list[int]:
+    """Actor ``i`` serves the learner rank ``i mod ranks``."""
+    actors, learners = config.placement.actors, config.placement.learners
+    assert actors is not None and learners is not None, "resolved first"
+    return list(range(rank, actors, learners))
+
+
 def starts_after(place: Place, all_places: Sequence[Place]) -> list[Place]:
     """The processes that must be ready before ``place`` starts: a learner waits for the actors on its GPU.
 

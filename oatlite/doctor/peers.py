@@ -26,12 +26,12 @@ from oatlite.messages import (
     Failure,
     FeatureBatch,
     Hello,
-    MalformedMessage,
     Message,
     ShmHandle,
     Stop,
     WeightManifest,
 )
+from oatlite.messages.fields import MalformedMessage
 from oatlite.transport import Hub, Spoke, address
 from oatlite.weights import WeightExporter, WeightReader, create_buffer, plan_layout
 

@@ -34,6 +34,7 @@ from oatlite.engine.reload import begin_reload, finish_reload, release
 from oatlite.errors import ConfigError, WorkerDied
 from oatlite.lora import AdapterOptions, write_adapter
 from oatlite.samplers import MIXTURES, coefficients
+from oatlite.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "EngineOptions", "Sample", "State"]
 
-WARM_UP_TOKENS = 4
+WARM_UP = SamplingOptions(temperature=1.0, max_new_tokens=4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,11 +114,8 @@ class Engine:
         self,
         prompts: Sequence[npt.NDArray[np.int32]],
         seeds: Sequence[int],
+        sampling: SamplingOptions,
         *,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        max_new_tokens: int,
         samplers: Sequence[str] | None = None,
     ) -> list[Sample]:
         """Sample one response per prompt; prompts (R,) are token ids, ``seeds`` (R,) one integer each.
@@ -133,12 +131,7 @@ class Engine:
         def sample(indices: Sequence[int]) -> None:
             params = [
                 _params(
-                    seeds[i],
-                    temperature,
-                    top_p,
-                    top_k,
-                    max_new_tokens,
-                    mixture=self._coefficients(samplers[i]) if samplers[i] in MIXTURES else None,
+                    seeds[i], sampling, mixture=self._coefficients(samplers[i]) if samplers[i] in MIXTURES else None
                 )
                 for i in indices
             ]
@@ -151,7 +144,7 @@ class Engine:
         swapped = [i for i, sampler in enumerate(samplers) if self._options.swaps and sampler == "reference"]
         others = [i for i in range(len(prompts)) if i not in set(swapped)]
         if self._reference is not None:
-            num_tokens = max(map(len, prompts), default=0) + max_new_tokens
+            num_tokens = max(map(len, prompts), default=0) + sampling.max_new_tokens
             num_bytes = self._reference.cache_bytes_per_token * num_tokens
             for wave in waves(others, [samplers[i] in MIXTURES for i in others], num_bytes):
                 sample(wave)
@@ -167,32 +160,19 @@ class Engine:
         self,
         prompts: Sequence[npt.NDArray[np.int32]],
         seeds: Sequence[int],
-        *,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        max_new_tokens: int,
+        sampling: SamplingOptions,
     ) -> Iterator[tuple[int, Sample]]:
         """As :meth:`generate`, but each sample with its index in (R,) as soon as it is complete."""
         self._require_ready()
-        params = [_params(seed, temperature, top_p, top_k, max_new_tokens, output_kind="FINAL_ONLY") for seed in seeds]
+        params = [_params(seed, sampling, output_kind="FINAL_ONLY") for seed in seeds]
         for name, output in self._run(prompts, params):
             if output.finished:
                 yield int(name), _sample(output.outputs[0])
 
-    def stream(
-        self,
-        prompt: npt.NDArray[np.int32],
-        seed: int,
-        *,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        max_new_tokens: int,
-    ) -> Iterator[str]:
+    def stream(self, prompt: npt.NDArray[np.int32], seed: int, sampling: SamplingOptions) -> Iterator[str]:
         """One response, piece by piece as its text becomes certain. Closing the iterator stops it."""
         self._require_ready()
-        params = _params(seed, temperature, top_p, top_k, max_new_tokens, output_kind="DELTA")
+        params = _params(seed, sampling, output_kind="DELTA")
         for _, output in self._run([prompt], [params]):
             yield output.outputs[0].text
 
@@ -289,9 +269,7 @@ class Engine:
         """Generate once so that kernels are ready before the first timed step; returns seconds."""
         start = time.perf_counter()
         for count in (1, 8):
-            self.generate(
-                [prompt] * count, range(count), temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=WARM_UP_TOKENS
-            )
+            self.generate([prompt] * count, range(count), WARM_UP)
         self._llm.reset_prefix_cache()
         return time.perf_counter() - start
 
@@ -368,10 +346,7 @@ class Engine:
 
 def _params(
     seed: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    max_new_tokens: int,
+    sampling: SamplingOptions,
     *,
     output_kind: str = "CUMULATIVE",
     mixture: tuple[float, float] | None = None,
@@ -380,11 +355,11 @@ def _params(
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        max_tokens=max_new_tokens,
-        seed=None if temperature == 0 else int(seed) % 2**63,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_new_tokens,
+        seed=None if sampling.is_greedy else int(seed) % 2**63,
         logprobs=0,
         flat_logprobs=True,
         extra_args=None if mixture is None else {MIXTURE: mixture},

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -25,12 +25,11 @@ from oatlite.config.schema import Config
 from oatlite.data import render
 from oatlite.errors import ConfigError, OatliteError, WorkerDied
 from oatlite.hardware import usable_cores
-from oatlite.inference.generate import sampling_of
 from oatlite.inference.inputs import check_model
-from oatlite.inference.job import Sampling
 from oatlite.inference.sampling import device_of, kept
 from oatlite.lora import read_adapter
 from oatlite.model_checks import max_positions
+from oatlite.sampling import SamplingOptions
 from oatlite.seeds import seed_of
 from oatlite.sources import first_line
 
@@ -119,16 +118,7 @@ class Conversation:
 class Streams(Protocol):
     """The part of :class:`oatlite.engine.Engine` that a conversation needs."""
 
-    def stream(
-        self,
-        prompt: npt.NDArray[np.int32],
-        seed: int,
-        *,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        max_new_tokens: int,
-    ) -> Iterator[str]: ...
+    def stream(self, prompt: npt.NDArray[np.int32], seed: int, sampling: SamplingOptions) -> Iterator[str]: ...
 
 
 def chat(options: ChatOptions) -> None:
@@ -153,7 +143,8 @@ def chat(options: ChatOptions) -> None:
         note("the tokenizer has no chat template: each line is continued as plain text")
     if is_terminal:
         note(COMMANDS)
-    talk = Talk(engine, conversation, sampling_of(config, is_greedy=options.is_greedy), config.run.seed)
+    sampling = SamplingOptions.of(config.sampling, is_greedy=options.is_greedy)
+    talk = Talk(engine, conversation, sampling, config.run.seed)
     if is_terminal:
         talk.in_terminal(sys.stdout)
     else:
@@ -163,7 +154,7 @@ def chat(options: ChatOptions) -> None:
 class Talk:
     """Answers lines. The n-th answer since the start has a seed of its own, whatever was said before."""
 
-    def __init__(self, engine: Streams, conversation: Conversation, sampling: Sampling, seed: int) -> None:
+    def __init__(self, engine: Streams, conversation: Conversation, sampling: SamplingOptions, seed: int) -> None:
         self._engine = engine
         self._conversation = conversation
         self._sampling = sampling
@@ -221,10 +212,7 @@ class Talk:
         pieces = self._engine.stream(
             turn.tokens,
             seed_of(self._seed, self._num_answers),
-            temperature=self._sampling.temperature,
-            top_p=self._sampling.top_p,
-            top_k=self._sampling.top_k,
-            max_new_tokens=turn.max_new_tokens,
+            replace(self._sampling, max_new_tokens=turn.max_new_tokens),
         )
         self._num_answers += 1
         said: list[str] = []

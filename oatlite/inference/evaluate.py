@@ -15,7 +15,6 @@ from oatlite.data import PromptSet
 from oatlite.errors import ConfigError
 from oatlite.fitting import Report
 from oatlite.inference.divergence import Divergence, divergence
-from oatlite.inference.generate import sampling_of
 from oatlite.inference.inputs import check_model, check_same_vocabulary, read_prompts
 from oatlite.inference.job import Sampling
 from oatlite.inference.judging import in_blocks, open_oracle
@@ -27,6 +26,7 @@ from oatlite.oracles import PreferenceOracle, Verdicts
 from oatlite.oracles.base import wins, with_draws
 from oatlite.oracles.best_of import best_of
 from oatlite.output_file import json_lines, require_writable, write_complete
+from oatlite.sampling import SamplingOptions
 
 REFERENCES = "references"
 KL_DRAWS = 1
@@ -98,8 +98,8 @@ def evaluate(options: EvalOptions, report: Report) -> Evaluation:
 
     samplings = [_sampling(options)]
     if base is not None:
-        new_tokens = config.sampling.max_new_tokens
-        samplings.append(Sampling(temperature=1.0, max_new_tokens=new_tokens, purpose=KL_DRAWS))
+        plain = SamplingOptions(temperature=1.0, max_new_tokens=config.sampling.max_new_tokens)
+        samplings.append(Sampling(options=plain, purpose=KL_DRAWS))
     found_responses = sample(job_for(config, path, prompts, samplings), "responses", report)
     if theirs is None:
         assert prompts.references is not None
@@ -128,7 +128,10 @@ def evaluate(options: EvalOptions, report: Report) -> Evaluation:
 
 def _sampling(options: EvalOptions) -> Sampling:
     config = options.config
-    return sampling_of(config, num_samples=config.eval.best_of_n, is_greedy=options.is_greedy)
+    return Sampling(
+        options=SamplingOptions.of(config.sampling, is_greedy=options.is_greedy),
+        num_samples=1 if options.is_greedy else config.eval.best_of_n,
+    )
 
 
 def _in_common(ours: PromptSet, theirs: PromptSet) -> tuple[PromptSet, PromptSet]:

@@ -17,6 +17,7 @@ from oatlite.inference.job import Sampling
 from oatlite.inference.sampling import Responses, job_for, sample
 from oatlite.lora import read_adapter
 from oatlite.output_file import json_lines, require_writable, write_complete
+from oatlite.sampling import SamplingOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,9 @@ def generate(options: GenerateOptions, report: Report) -> Generated:
     assert config.model.path is not None
     model, tokenizer = check_model(config, config.model.path, "the model")
     prompts = read_prompts(config, model, tokenizer, needs_references=options.needs_references)
-    sampling = sampling_of(config, num_samples=options.num_samples, is_greedy=options.is_greedy)
+    sampling = Sampling(
+        options=SamplingOptions.of(config.sampling, is_greedy=options.is_greedy), num_samples=options.num_samples
+    )
     job = job_for(config, config.model.path, prompts, [sampling], adapter=options.adapter)
     [responses] = sample(job, "generate", report)
     write_complete(options.output, json_lines(rows(prompts, responses)), overwrite=options.overwrite)
@@ -67,19 +70,6 @@ def generate(options: GenerateOptions, report: Report) -> Generated:
         num_responses=len(flat),
         mean_tokens=sum(len(response.tokens) for response in flat) / len(flat),
         share_truncated=sum(not response.is_finished for response in flat) / len(flat),
-    )
-
-
-def sampling_of(config: Config, *, num_samples: int = 1, is_greedy: bool = False) -> Sampling:
-    own = config.sampling
-    if is_greedy:
-        return Sampling(temperature=0.0, max_new_tokens=own.max_new_tokens)
-    return Sampling(
-        temperature=own.temperature,
-        top_p=own.top_p,
-        top_k=own.top_k,
-        max_new_tokens=own.max_new_tokens,
-        num_samples=num_samples,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from oatlite.config.schema import Config
+from oatlite.sampling import SamplingOptions
 
 REPLIES, FAILURE, LOG = "replies.jsonl", "failure.json", "log"
 
@@ -19,10 +20,7 @@ class _Told(BaseModel):
 class Sampling(_Told):
     """How to sample ``num_samples`` responses to each prompt. Draws with other ``purpose`` are other draws."""
 
-    temperature: float
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int
+    options: SamplingOptions
     num_samples: int = 1
     purpose: int = 0
 
@@ -48,7 +46,7 @@ class Job(_Told):
 
     @property
     def max_model_len(self) -> int:
-        return max(map(len, self.prompts)) + max(sampling.max_new_tokens for sampling in self.samplings)
+        return max(map(len, self.prompts)) + max(sampling.options.max_new_tokens for sampling in self.samplings)
 
 
 class Response(_Told):

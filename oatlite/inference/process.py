@@ -72,10 +72,7 @@ def _answer(job: Job, replies: Path) -> None:
             finished = engine.finished(
                 [np.asarray(job.prompts[prompt], np.int32) for prompt, _ in asked],
                 [seed_of(job.config.run.seed, sampling.purpose, job.rows[prompt], sample) for prompt, sample in asked],
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_new_tokens=sampling.max_new_tokens,
+                sampling.options,
             )
             for index, found in finished:
                 response = Response(

@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from oatlite.config.oracle_names import kind_of
-from oatlite.config.resolve import PAIRRM
+from oatlite.config.oracle_names import PAIRRM, kind_of
 from oatlite.config.schema import OracleConfig
 from oatlite.errors import (
     BY_EXIT_CODE,

@@ -12,7 +12,7 @@ import numpy as np
 from oatlite.algorithms import build_algorithm
 from oatlite.config.oracle_names import for_evaluation
 from oatlite.config.schema import Config
-from oatlite.engine import WARM_UP_TOKENS, Engine, EngineOptions
+from oatlite.engine import WARM_UP, Engine, EngineOptions
 from oatlite.errors import WorkerDied
 from oatlite.lora import adapter_of
 from oatlite.messages import (
@@ -58,7 +58,7 @@ def run_actor(spec: WorkerSpec, lifeline: Lifeline) -> None:
         if spec.config.explore.rule not in ("none", "apl"):
             encoder = build_encoder(spec.config, oracles["train"], device=spec.device)
     lifeline.stage("starting", "warm-up")
-    longest = max(1, min(16, spec.max_model_len - WARM_UP_TOKENS))
+    longest = max(1, min(16, spec.max_model_len - WARM_UP.max_new_tokens))
     log.info("warmed up in %.1f s", engine.warm_up(np.arange(1, 1 + longest, dtype=np.int32)))
     rank = spec.learner_of(spec.index)
     spoke = Spoke(address(spec.private_dir, rollout_socket(rank)), spec.role, spec.run_id)
@@ -166,10 +166,7 @@ class Actor:
         samples = self._engine.generate(
             [prompt for prompt in prompts for _ in request.samplers],
             request.seeds.tolist(),
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            max_new_tokens=request.max_new_tokens,
+            request.sampling,
             samplers=request.samplers * len(prompts),
         )
         tokens, lengths = join([sample.tokens for sample in samples], "int32")

@@ -12,8 +12,8 @@ from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from oatlite.config.resolve import pairs_of_step
 from oatlite.config.schema import Config
+from oatlite.config.steps import pairs_of_step
 from oatlite.workers.contracts import Collects
 
 if TYPE_CHECKING:

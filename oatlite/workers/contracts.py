@@ -11,8 +11,9 @@ from oatlite.algorithms.base import Candidate, CandidateSet
 from oatlite.messages import Float32, Int32, UInt64
 from oatlite.metrics.records import Kind, Mean
 from oatlite.oracles.base import Verdicts
+from oatlite.sampling import SamplingOptions
 from oatlite.workers.buffer import TrainingPair
-from oatlite.workers.rollout import ParameterSource, Purpose, SamplingOptions
+from oatlite.workers.rollout import ParameterSource, Purpose
 from oatlite.workers.update import UpdateStats
 
 if TYPE_CHECKING:

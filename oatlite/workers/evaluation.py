@@ -13,8 +13,9 @@ from oatlite.data import PromptSet
 from oatlite.metrics.records import Mean
 from oatlite.oracles.base import Verdicts, wins, with_draws
 from oatlite.oracles.best_of import best_of
+from oatlite.sampling import SamplingOptions
 from oatlite.workers.contracts import Actors, Favours, Judged, Share
-from oatlite.workers.experience import EVAL_SEEDS, sample_seeds, sampling_options
+from oatlite.workers.experience import EVAL_SEEDS, sample_seeds
 from oatlite.workers.gold import GoldScore
 
 
@@ -78,7 +79,7 @@ class Judge:
         """The greedy response to each prompt, or the sample that the epistemic head likes best, and without a head the
         oracle of training."""
         config = self._config.eval
-        sampling = sampling_options(self._config.sampling, is_greedy=config.best_of_n == 1)
+        sampling = SamplingOptions.of(self._config.sampling, is_greedy=config.best_of_n == 1)
         if config.best_of_n > 1:
             sampling = replace(sampling, temperature=config.best_of_n_temperature)
         rows = self._held_out.rows[list(mine)].tolist()

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from oatlite.algorithms.base import Algorithm, Candidate, CandidateSet
-from oatlite.config.resolve import prompts_within
-from oatlite.config.schema import Config, SamplingConfig
+from oatlite.config.schema import Config
+from oatlite.config.steps import prompts_within
 from oatlite.data import PromptSet, epoch_order
 from oatlite.errors import ConfigError
 from oatlite.messages import Bool, UInt64
@@ -20,12 +20,12 @@ from oatlite.metrics.records import Mean
 from oatlite.models import TokenPair
 from oatlite.oracles.base import Verdicts, draw_verdicts, flipped, reward_margins, trainable_pairs, wins
 from oatlite.samplers import sampling_plan
+from oatlite.sampling import SamplingOptions
 from oatlite.seeds import seed_of
 from oatlite.workers.buffer import TrainingPair
 from oatlite.workers.contracts import Actors, Explores, Share, Shows
 from oatlite.workers.explorer import Choice
 from oatlite.workers.gold import GoldScore
-from oatlite.workers.rollout import SamplingOptions
 
 TRAIN_SEEDS, EVAL_SEEDS, SELECT_DRAWS, VERDICT_DRAWS, FLIP_DRAWS = range(5)
 
@@ -92,7 +92,7 @@ class Experience:
         )
         with self._shows.doing("generate", f"step {step}"):
             found, generate_s = self._actors.generate(
-                [self._prompts.tokens[i] for i in indices], seeds, samplers, sampling_options(self._config.sampling)
+                [self._prompts.tokens[i] for i in indices], seeds, samplers, SamplingOptions.of(self._config.sampling)
             )
         sets = [
             CandidateSet(
@@ -266,15 +266,6 @@ def rows_of_step(num_rows: int, step: int, config: Config) -> tuple[list[int], i
     epoch, position = divmod(step - 1, num_rows // per_step)
     of_step = epoch_order(num_rows, epoch, config.run.seed)[position * per_step : (position + 1) * per_step]
     return of_step.tolist(), epoch
-
-
-def sampling_options(config: SamplingConfig, *, is_greedy: bool = False) -> SamplingOptions:
-    return SamplingOptions(
-        temperature=0.0 if is_greedy else config.temperature,
-        top_p=1.0 if is_greedy else config.top_p,
-        top_k=0 if is_greedy else config.top_k,
-        max_new_tokens=config.max_new_tokens,
-    )
 
 
 def sample_seeds(run_seed: int, purpose: int, epoch: int, rows: Sequence[int], num_samples: int) -> UInt64:

@@ -15,8 +15,8 @@ import torch
 from oatlite.algorithms import build_algorithm
 from oatlite.algorithms.base import Algorithm
 from oatlite.checkpoint import checkpoints_of, read
-from oatlite.config.resolve import gradient_steps
 from oatlite.config.schema import Config
+from oatlite.config.steps import gradient_steps
 from oatlite.data import load_prompts, load_tokenizer
 from oatlite.epistemic import save_head
 from oatlite.loading import load_callable

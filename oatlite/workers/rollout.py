@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -40,6 +40,7 @@ from oatlite.messages import (
     join,
 )
 from oatlite.oracles.base import Verdicts
+from oatlite.sampling import SamplingOptions
 from oatlite.transport import Hub
 from oatlite.weights import WeightExporter
 
@@ -50,14 +51,6 @@ Purpose = Literal["train", "eval"]
 
 # Opens the parameters with these names for reading, and closes them again.
 ParameterSource = Callable[[Sequence[str]], AbstractContextManager[Callable[[str], torch.Tensor]]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingOptions:
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,10 +123,7 @@ class ActorPool:
                 prompt_lengths=lengths,
                 seeds=seeds[part].reshape(-1),
                 samplers=list(samplers),
-                temperature=float(sampling.temperature),
-                top_p=float(sampling.top_p),
-                top_k=sampling.top_k,
-                max_new_tokens=sampling.max_new_tokens,
+                **asdict(sampling),
             )
         answers = self._exchange(requests, CandidateBatch, self._deadlines.generate_s, self._answers_generate)
         candidates = [candidate for peer in parts for candidate in _candidates(answers[peer], len(samplers))]

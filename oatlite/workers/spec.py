@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from oatlite.config.resolve import actors_of_rank
+from oatlite.config.placement import actors_of_rank
 from oatlite.config.schema import Config
 
 CONTROL_SOCKET = "control"

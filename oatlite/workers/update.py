@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from oatlite.algorithms.base import Algorithm
-from oatlite.config.resolve import gradient_steps
 from oatlite.config.schema import Config
+from oatlite.config.steps import gradient_steps
 from oatlite.maths.logprobs import mismatch, truncated_importance
 from oatlite.maths.losses import PairLosses
 from oatlite.maths.pairs import PairBatch, ResponseLogprobs, pair_tokens

@@ -31,10 +31,11 @@ from oatlite.messages import (
     join,
 )
 from oatlite.oracles.base import PreferenceOracle, Verdicts
+from oatlite.sampling import SamplingOptions
 from oatlite.transport import Hub, Spoke, address
 from oatlite.weights import SHM_FOLDER, ShmBuffer, WeightExporter, WeightReader, plan_layout
 from oatlite.workers.actor import Actor
-from oatlite.workers.rollout import ActorPool, Deadlines, SamplingOptions
+from oatlite.workers.rollout import ActorPool, Deadlines
 
 SOON_S = 30.0  # far more than anything here takes
 MOMENT_S = 0.2  # for a message to arrive; a test that loses this race passes, it never fails
@@ -346,8 +347,7 @@ def test_prompts_are_split_over_actors_and_their_candidates_come_back_in_order(w
     for actor in world.actors:
         for request in actor.received(GenerateRequest):
             assert request.policy_version == 1 and request.samplers == ["policy", "mixture"]
-            sampling = {name: getattr(request, name) for name in dataclasses.asdict(SAMPLING)}
-            assert sampling == dataclasses.asdict(SAMPLING)
+            assert request.sampling == SAMPLING
 
 
 TEXTS = {
@@ -834,8 +834,8 @@ class FakeEngine:
     def __init__(self):
         self.loading, self.loaded = None, None
 
-    def generate(self, prompts, seeds, *, temperature, top_p, top_k, max_new_tokens, samplers):
-        assert len(samplers) == len(prompts)
+    def generate(self, prompts, seeds, sampling, *, samplers):
+        assert len(samplers) == len(prompts) and sampling == SAMPLING
         samples = [response_of(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         return [
             Sample(tokens=tokens, logprobs=-tokens.astype(np.float32), text=text, is_finished=seed % 2 == 0)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import zmq
 
-from oatlite import messages, transport
+from oatlite import transport
 from oatlite.errors import DeadlineExceeded, WorkerDied
-from oatlite.messages import CandidateBatch, Hello, MalformedMessage, Record, Stage, Stop, encode
+from oatlite.messages import CandidateBatch, Hello, Record, Stage, Stop
+from oatlite.messages.codec import MAX_FRAMES, encode
+from oatlite.messages.fields import MalformedMessage
 from oatlite.transport import Hub, Spoke, address
 
 RUN = "0123456789ab"
@@ -160,7 +162,7 @@ def test_foreign_and_malformed_messages_are_counted_and_dropped_while_good_ones_
     greet(hub, spoke)
     stranger.send(b"junk")
     stranger.send(b"")
-    stranger.send(*[b"x"] * (messages.MAX_FRAMES + 1))
+    stranger.send(*[b"x"] * (MAX_FRAMES + 1))
     stranger.send(*[bytes(frame) for frame in encode(hello())], b"one frame too many")
     stranger.send(*encode(note(run_id="another")))
     stranger.send(*encode(note("good")))

@@ -19,7 +19,8 @@ import zmq
 from live import CLEAN_S, EngineMode, Live, Stopwatch, live
 from runs import TEMPORARY, Inputs, Run, command
 
-from oatlite.messages import BucketLoaded, CandidateBatch, Hello, Message, Stage, encode
+from oatlite.messages import BucketLoaded, CandidateBatch, Hello, Message, Stage
+from oatlite.messages.codec import encode
 from oatlite.metrics.sinks import WANDB_CLOSE_S
 from oatlite.workers.spec import CONTROL_SOCKET, rollout_socket
 

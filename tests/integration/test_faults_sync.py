@@ -17,8 +17,8 @@ from runs import Inputs
 from small_folders import VOCAB_SIZE, save_model
 
 from oatlite.models import load_policy
+from oatlite.sampling import SamplingOptions
 from oatlite.weights import plan_layout
-from oatlite.workers.rollout import SamplingOptions
 
 GREEDY = SamplingOptions(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=8)
 PROMPTS = [np.arange(3 + i, 12 + 2 * i, dtype=np.int32) for i in range(6)]

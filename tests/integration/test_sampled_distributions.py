@@ -20,8 +20,9 @@ from small_folders import save_model
 from oatlite.lora import all_parameters
 from oatlite.models import load_policy, save_policy
 from oatlite.samplers import SAMPLERS, coefficients
+from oatlite.sampling import SamplingOptions
 from oatlite.weights import plan_layout
-from oatlite.workers.rollout import ActorPool, SamplingOptions
+from oatlite.workers.rollout import ActorPool
 
 VOCAB = 12
 EOS = 0

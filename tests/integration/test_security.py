@@ -25,7 +25,8 @@ import runs
 import zmq
 from runs import TEMPORARY, Inputs, Run, command, leftovers, train
 
-from oatlite.messages import CandidateBatch, Hello, Record, encode
+from oatlite.messages import CandidateBatch, Hello, Record
+from oatlite.messages.codec import encode
 
 pytestmark = pytest.mark.slow
 

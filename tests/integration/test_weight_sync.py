@@ -19,8 +19,8 @@ from small_folders import VOCAB_SIZE, save_model
 from oatlite.config.schema import LoraConfig
 from oatlite.lora import adapter_of, adapter_parameters, add_adapter, all_parameters, merged_parameters
 from oatlite.models import load_policy
+from oatlite.sampling import SamplingOptions
 from oatlite.weights import plan_layout
-from oatlite.workers.rollout import SamplingOptions
 
 MAX_NEW_TOKENS = 16
 LONG_PROMPT = 180

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from small_folders import byte_tokenizer
 
 from oatlite.errors import ConfigError
 from oatlite.inference.chat import Conversation, Talk
-from oatlite.inference.job import Sampling
+from oatlite.sampling import SamplingOptions
 
-SAMPLING = Sampling(temperature=0.7, max_new_tokens=20)
+SAMPLING = SamplingOptions(temperature=0.7, max_new_tokens=20)
 
 
 class FakeEngine:
@@ -25,8 +26,8 @@ class FakeEngine:
         self.asked: list[dict[str, Any]] = []
         self.num_closed = 0
 
-    def stream(self, prompt: np.ndarray, seed: int, **sampling: Any) -> Iterator[str]:
-        self.asked.append({"prompt": bytes_of(prompt), "seed": seed, **sampling})
+    def stream(self, prompt: np.ndarray, seed: int, sampling: SamplingOptions) -> Iterator[str]:
+        self.asked.append({"prompt": bytes_of(prompt), "seed": seed, **asdict(sampling)})
         try:
             yield from self._answers.pop(0)
         finally:

@@ -13,9 +13,9 @@ from oatlite.config.dump import toml_value
 from oatlite.config.flags import FLAGS
 from oatlite.config.load import dump_toml, load_config, num_steps, preset_names, resolve
 from oatlite.config.oracle_names import for_evaluation
-from oatlite.config.placement import places, starts_after
-from oatlite.config.resolve import actors_of_rank, gradient_steps
+from oatlite.config.placement import actors_of_rank, places, starts_after
 from oatlite.config.schema import Config
+from oatlite.config.steps import gradient_steps
 from oatlite.errors import ConfigError
 from oatlite.hardware import Gpu, visible
 

@@ -19,7 +19,8 @@ from fuzz_frames import SPOIL, fault_of, frames_of, real_messages, spoiled
 from fuzz_settings import outcome
 from fuzz_sockets import Live, live
 
-from oatlite.messages import MESSAGES, WeightManifest, decode
+from oatlite.messages import MESSAGES, WeightManifest
+from oatlite.messages.codec import decode
 from oatlite.weights import Layout
 
 

@@ -26,18 +26,19 @@ from oatlite.messages import (
     FeatureBatch,
     GenerateRequest,
     Hello,
-    MalformedMessage,
     PreferenceBatch,
     Record,
     ShmHandle,
     Stage,
     Stop,
     WeightManifest,
+    codec,
     cut,
-    decode,
-    encode,
+    fields,
     join,
 )
+from oatlite.messages.codec import decode, encode
+from oatlite.messages.fields import MalformedMessage
 
 SOURCE_ROOT = Path(oatlite.__file__).parents[1]
 RUN = "0123456789ab"
@@ -170,7 +171,7 @@ def tampered(original, **changes):
 def with_array(message, name, data):
     """The frames of ``message`` with other bytes for its array ``name``."""
     frames = wire(message)
-    frames[1 + list(kinds(message, messages._Array)).index(name)] = bytes(data)
+    frames[1 + list(kinds(message, fields.Array)).index(name)] = bytes(data)
     return frames
 
 
@@ -196,18 +197,18 @@ def assert_equal(one, other):
 def value_strategy(spec):
     """Any value that a declared spec allows; lists and arrays stay short."""
     match spec:
-        case messages._Text(max_bytes=limit):
+        case fields.Text(max_bytes=limit):
             # A character takes four bytes at most; surrogates have no encoding.
             return st.text(st.characters(exclude_categories=["Cs"]), max_size=min(limit // 4, 40))
-        case messages._Texts(each=each):
+        case fields.Texts(each=each):
             return st.lists(value_strategy(each), max_size=4)
-        case messages._Int(low=low, high=high):
+        case fields.Int(low=low, high=high):
             return st.integers(low, high)
-        case messages._Float(low=low, high=high):
+        case fields.Float(low=low, high=high):
             return st.floats(max(low, -1e300), min(high, 1e300))
-        case messages._Flag():
+        case fields.Flag():
             return st.booleans()
-        case messages._Array(dtype=dtype):
+        case fields.Array(dtype=dtype):
             return array_strategy(dtype, st.integers(0, 5))
     raise AssertionError(f"no strategy for {spec}")
 
@@ -225,7 +226,7 @@ def array_strategy(dtype, size):
 
 def sized(draw, spec, size):
     """A value for a list or array field with ``size`` entries."""
-    if isinstance(spec, messages._Texts):
+    if isinstance(spec, fields.Texts):
         return draw(st.lists(value_strategy(spec.each), min_size=size, max_size=size))
     return draw(array_strategy(spec.dtype, st.just(size)))
 
@@ -291,7 +292,7 @@ def test_what_goes_in_comes_out(message):
 def test_each_type_survives_and_its_arrays_are_views_that_cannot_be_written(message):
     decoded = decode(wire(message))
     assert_equal(decoded, message)
-    for name in kinds(message, messages._Array):
+    for name in kinds(message, fields.Array):
         assert not getattr(decoded, name).flags.writeable
         assert not getattr(decoded, name).flags.owndata
 
@@ -323,25 +324,25 @@ def wrong_values(spec):
     """Values of other types than a spec's, and values just past its limits."""
     others = [None, 1.5, "x", b"x", True, 7, [], ["x"], [7], {}, {"x": 1}]
     match spec:
-        case messages._Text(max_bytes=limit):
+        case fields.Text(max_bytes=limit):
             return [v for v in others if not isinstance(v, str)] + ["x" * (limit + 1), "ü" * (limit // 2 + 1)]
-        case messages._Texts(each=each):
+        case fields.Texts(each=each):
             wrong = [v for v in others if not (v == [] or v == ["x"])]
             return [*wrong, [None], ["x", 1], [b"x"], ["x" * (each.max_bytes + 1)]]
-        case messages._Int(low=low, high=high):
+        case fields.Int(low=low, high=high):
             return [v for v in others if type(v) is not int] + [low - 1, high + 1, float(low)]
-        case messages._Float(low=low, high=high):
+        case fields.Float(low=low, high=high):
             wrong = [v for v in others if not isinstance(v, float)]
             past = [low - 1.0 if low > -1e300 else -np.inf, high + 1.0 if high < 1e300 else np.inf]
             return [*wrong, *past, float("nan"), float("inf")]
-        case messages._Flag():
+        case fields.Flag():
             return [v for v in others if v is not True] + [0, 1]
     raise AssertionError(f"no wrong values for {spec}")
 
 
 @every_message
 def test_a_header_field_of_the_wrong_type_or_over_its_limit_is_refused_at_both_ends(message):
-    header_specs = kinds(message, messages._Text, messages._Texts, messages._Int, messages._Float, messages._Flag)
+    header_specs = kinds(message, fields.Text, fields.Texts, fields.Int, fields.Float, fields.Flag)
     for name, spec in header_specs.items():
         for value in wrong_values(spec):
             where = f"{type(message).__name__}.{name}: "
@@ -352,7 +353,7 @@ def test_a_header_field_of_the_wrong_type_or_over_its_limit_is_refused_at_both_e
 
 @every_message
 def test_arrays_of_another_size_or_type_are_refused(message):
-    for name, spec in kinds(message, messages._Array).items():
+    for name, spec in kinds(message, fields.Array).items():
         good = getattr(message, name)
         width = good.dtype.itemsize
         for data in (good.tobytes()[:-1], good.tobytes() + bytes(width - 1)):
@@ -374,7 +375,7 @@ def test_a_missing_or_an_extra_field_or_frame_is_refused(message):
         less = {key: value for key, value in values.items() if key != field}
         assert_refused(with_header(frames, name, less), "wrong set of fields")
     assert_refused(with_header(frames, name, values | {"more": 1}), "wrong set of fields")
-    for array in kinds(message, messages._Array):
+    for array in kinds(message, fields.Array):
         assert_refused(with_header(frames, name, values | {array: b""}), "wrong set of fields")
     assert_refused([*frames, b""], "wrong set of fields")
     if len(frames) > 1:
@@ -408,13 +409,13 @@ def test_text_that_has_no_encoding_is_refused_where_it_is_sent():
 
 def test_sizes_over_the_limit_are_refused_before_anything_is_sent(monkeypatch):
     message = dataclasses.replace(EXAMPLES["Record"], body="x" * 5000)
-    monkeypatch.setattr(messages, "MAX_HEADER_BYTES", 4096)
+    monkeypatch.setattr(codec, "MAX_HEADER_BYTES", 4096)
     with pytest.raises(MalformedMessage, match="header of"):
         encode(message)
 
 
 def test_an_array_over_a_frame_is_refused_at_the_sender():
-    huge = np.zeros(messages.MAX_FRAME_BYTES + 1, np.bool_)  # of untouched pages, which take no memory
+    huge = np.zeros(fields.MAX_FRAME_BYTES + 1, np.bool_)  # of untouched pages, which take no memory
     with pytest.raises(MalformedMessage, match="at most"):
         encode(dataclasses.replace(EXAMPLES["CandidateBatch"], is_finished=huge))
 
@@ -486,14 +487,14 @@ def msgpack_list(num_items):
 BOMBS = {
     "nothing": [],
     "an empty header": [b""],
-    "too many frames": [b"\x90"] * (messages.MAX_FRAMES + 1),
+    "too many frames": [b"\x90"] * (codec.MAX_FRAMES + 1),
     "deep lists": [b"\x91" * 100_000 + b"\xc0"],
     "deep maps": [b"\x81\xa1a" * 100_000 + b"\xc0"],
     "a list of four billion": [msgpack_list(2**32 - 1)],
     "a map of four billion": [b"\xdf\xff\xff\xff\xff"],
     "a text of four billion": [b"\xdb\xff\xff\xff\xff"],
     "bytes of four billion": [b"\xc6\xff\xff\xff\xff"],
-    "a list longer than any field": [msgpack_list(messages.MAX_ITEMS + 1) + bytes(messages.MAX_ITEMS + 1)],
+    "a list longer than any field": [msgpack_list(fields.MAX_ITEMS + 1) + bytes(fields.MAX_ITEMS + 1)],
     "two values": [b"\xc0\xc0"],
     "a timestamp": [b"\xd6\xff\x00\x00\x00\x00"],
     "an extension": [b"\xc7\x04\x2aabcd"],
@@ -521,7 +522,7 @@ def test_lists_within_lists_that_announce_much_take_little_memory():
 
 def test_a_header_over_its_limit_is_not_parsed(monkeypatch):
     frames = wire(EXAMPLES["Hello"])
-    monkeypatch.setattr(messages, "MAX_HEADER_BYTES", len(frames[0]) - 1)
+    monkeypatch.setattr(codec, "MAX_HEADER_BYTES", len(frames[0]) - 1)
     assert_refused(frames, "size of frames")
 
 

@@ -22,9 +22,9 @@ from oatlite.lora import AdapterOptions
 from oatlite.maths.samplers import mixed_logprobs
 from oatlite.models import TokenPair
 from oatlite.samplers import PLANS, SAMPLERS, coefficients, sampling_plan
+from oatlite.sampling import SamplingOptions
 from oatlite.testing import LETTERS, BigramPolicy, FunctionOracle, InMemoryActors, Rehearsal, rehearse
 from oatlite.workers.buffer import PairBuffer, TrainingPair
-from oatlite.workers.rollout import SamplingOptions
 from oatlite.workers.saving import pack, unpack
 
 NUM_COUNTED = 4000
@@ -131,7 +131,7 @@ def test_the_stand_ins_sample_from_what_they_say() -> None:
 
     def sample(count: int) -> list[list[Any]]:
         seeds = np.arange(count * len(SAMPLERS), dtype=np.uint64).reshape(count, -1)
-        options = SamplingOptions(temperature=0.7, top_p=1.0, top_k=0, max_new_tokens=1)
+        options = SamplingOptions(temperature=0.7, max_new_tokens=1)
         return actors.generate([np.array([5], np.int32)] * count, seeds, SAMPLERS, options)[0]
 
     @contextmanager
@@ -264,6 +264,7 @@ class LoadsNothing(Engine):
 
 
 SWAPS = frozenset({"policy", "reference"})
+ONE_TOKEN = SamplingOptions(temperature=1.0, max_new_tokens=1)
 
 
 def test_the_reference_is_loaded_in_the_policys_place_and_the_newest_policy_back() -> None:
@@ -287,7 +288,7 @@ def test_a_swap_that_fails_taints_the_engine(fails_at: int) -> None:
     assert engine.state is State.TAINTED
     prompt = [np.array([1], np.int32)]
     with pytest.raises(RuntimeError, match="cannot generate while it is tainted"):
-        engine.generate(prompt, [0], temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=1)
+        engine.generate(prompt, [0], ONE_TOKEN)
 
 
 def test_an_engine_that_fails_while_it_is_the_reference_is_tainted() -> None:
@@ -301,9 +302,7 @@ def test_an_engine_that_fails_while_it_is_the_reference_is_tainted() -> None:
 def test_a_sampler_that_the_engine_was_not_started_for_is_refused() -> None:
     prompt = [np.array([1], np.int32)]
     with pytest.raises(RuntimeError, match="not started for the sampler mixture-plus"):
-        LoadsNothing(SWAPS).generate(
-            prompt, [0], temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=1, samplers=["mixture-plus"]
-        )
+        LoadsNothing(SWAPS).generate(prompt, [0], ONE_TOKEN, samplers=["mixture-plus"])
 
 
 def test_mixtures_go_in_waves_that_fit_the_references_cache() -> None:

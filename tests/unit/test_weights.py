@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 
 from oatlite import weights
 from oatlite.errors import StorageError
-from oatlite.messages import CudaIpcHandle, MalformedMessage, ShmHandle, WeightManifest, decode, encode
+from oatlite.messages import CudaIpcHandle, ShmHandle, WeightManifest
+from oatlite.messages.codec import decode, encode
+from oatlite.messages.fields import MalformedMessage
 from oatlite.weights import (
     ALIGNMENT_BYTES,
     CHECKSUM_ROW_WORDS,
@@ -488,7 +490,7 @@ def test_the_number_of_mappings_stays_flat(exporter):
 READER = """
     import sys
     from pathlib import Path
-    from oatlite.messages import decode
+    from oatlite.messages.codec import decode
     from oatlite.weights import WeightReader
 
     *manifest, handle = [decode([bytes.fromhex(f) for f in line.split(",")]) for line in sys.stdin.read().split()]

@@ -1,26 +1,17 @@
-"""Every struct that crosses a process, and its msgpack form: a small header frame, then raw array frames.
-
-Nothing here can execute: a frame names a struct in :data:`MESSAGES`, plain values and arrays of declared types.
-Both ends check the declared limits, the sender before it sends and the receiver before it believes.
-"""
+"""Every struct that crosses a process. :mod:`oatlite.messages.codec` has their form on the wire."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import msgpack
 import numpy as np
 import numpy.typing as npt
 
-MAX_FRAME_BYTES = 1 << 30
-MAX_HEADER_BYTES = 256 << 20
-MAX_FRAMES = 16
-MAX_ITEMS = 1 << 20
-MAX_FIELDS = 64
+from oatlite.messages.fields import MalformedMessage, array, flag, integer, real, text, texts
+from oatlite.sampling import SamplingOptions
+
 MAX_DIMS = 16
 PURPOSES = ("train", "eval")
 
@@ -29,107 +20,6 @@ UInt64 = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
-
-
-class MalformedMessage(ValueError):
-    """Frames that are no message of ours, or break a declared limit."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Text:
-    max_bytes: int
-
-    def check(self, value: Any) -> None:
-        if not isinstance(value, str):
-            raise MalformedMessage("expected text")
-        try:
-            num_bytes = len(value.encode())
-        except UnicodeEncodeError:
-            raise MalformedMessage("expected text without lone surrogates") from None
-        if num_bytes > self.max_bytes:
-            raise MalformedMessage(f"expected text of at most {self.max_bytes} bytes, got {num_bytes}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Texts:
-    max_items: int
-    each: _Text
-
-    def check(self, value: Any) -> None:
-        if not isinstance(value, list) or len(value) > self.max_items:
-            raise MalformedMessage(f"expected a list of at most {self.max_items} texts")
-        for item in value:
-            self.each.check(item)
-
-
-@dataclass(frozen=True, slots=True)
-class _Int:
-    low: int
-    high: int
-
-    def check(self, value: Any) -> None:
-        if type(value) is not int or not self.low <= value <= self.high:
-            raise MalformedMessage(f"expected an integer in [{self.low}, {self.high}]")
-
-
-@dataclass(frozen=True, slots=True)
-class _Float:
-    low: float
-    high: float
-
-    def check(self, value: Any) -> None:
-        if type(value) is not float or not math.isfinite(value) or not self.low <= value <= self.high:
-            raise MalformedMessage(f"expected a finite float in [{self.low}, {self.high}]")
-
-
-@dataclass(frozen=True, slots=True)
-class _Flag:
-    def check(self, value: Any) -> None:
-        if type(value) is not bool:
-            raise MalformedMessage("expected a boolean")
-
-
-@dataclass(frozen=True, slots=True)
-class _Array:
-    dtype: str
-    max_bytes: int = MAX_FRAME_BYTES
-
-    def check(self, value: Any) -> None:
-        if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype != np.dtype(self.dtype):
-            raise MalformedMessage(f"expected a one-dimensional array of {self.dtype}")
-        if value.nbytes > self.max_bytes:
-            raise MalformedMessage(f"expected at most {self.max_bytes} bytes, got {value.nbytes}")
-
-
-_Spec = _Text | _Texts | _Int | _Float | _Flag | _Array
-
-
-def _spec(spec: _Spec) -> Any:
-    return field(metadata={"spec": spec})
-
-
-def text(max_bytes: int = 256) -> Any:
-    return _spec(_Text(max_bytes))
-
-
-def texts(max_items: int = MAX_ITEMS, max_bytes: int = 1 << 20) -> Any:
-    return _spec(_Texts(max_items, _Text(max_bytes)))
-
-
-def integer(low: int = 0, high: int = 2**62) -> Any:
-    return _spec(_Int(low, high))
-
-
-def real(low: float = -math.inf, high: float = math.inf) -> Any:
-    return _spec(_Float(low, high))
-
-
-def flag() -> Any:
-    return _spec(_Flag())
-
-
-def array(dtype: str) -> Any:
-    return _spec(_Array(dtype))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +46,7 @@ class GenerateRequest(Message):
 
     ``prompt_tokens`` holds all prompts end to end, ``prompt_lengths`` (M,) cuts them; ``seeds`` (M * N,) has one
     seed per sample, a prompt's N samples side by side. ``samplers`` are of ``oatlite.samplers.SAMPLERS``, of which the
-    reference is the same in all versions. ``temperature`` 0 is greedy.
+    reference is the same in all versions. The last four fields are those of ``sampling``.
     """
 
     batch_id: str = text()
@@ -169,6 +59,15 @@ class GenerateRequest(Message):
     top_p: float = real(0.0, 1.0)
     top_k: int = integer(0, 1 << 24)
     max_new_tokens: int = integer(1, 1 << 20)
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        return SamplingOptions(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+        )
 
     def validate(self) -> None:
         _require(int(self.prompt_lengths.sum()) == self.prompt_tokens.size, "prompt lengths do not add up")
@@ -412,75 +311,6 @@ MESSAGES: dict[str, type[Message]] = {
         Stop,
     )
 }
-
-
-_SPECS: dict[type[Message], dict[str, _Spec]] = {
-    cls: {f.name: f.metadata["spec"] for f in dataclasses.fields(cls)} for cls in MESSAGES.values()
-}
-
-
-def encode(message: Message) -> list[bytes | memoryview]:
-    """Return the frames of ``message``. Raises MalformedMessage where it breaks its own limits."""
-    values: dict[str, Any] = {}
-    arrays: list[bytes | memoryview] = []
-    for name, spec in _SPECS[type(message)].items():
-        value = getattr(message, name)
-        try:
-            spec.check(value)
-        except MalformedMessage as error:
-            raise MalformedMessage(f"{type(message).__name__}.{name}: {error}") from None
-        if isinstance(spec, _Array):
-            arrays.append(np.ascontiguousarray(value).data.cast("B"))
-        else:
-            values[name] = value
-    message.validate()
-    header = msgpack.packb([type(message).__name__, values], use_bin_type=True)
-    if len(header) > MAX_HEADER_BYTES:
-        raise MalformedMessage(f"{type(message).__name__}: header of {len(header)} bytes")
-    return [header, *arrays]
-
-
-def decode(frames: Sequence[bytes | memoryview]) -> Message:
-    """Rebuild a message; arrays are read-only views of their frames. Raises MalformedMessage, and nothing else."""
-    if not 1 <= len(frames) <= MAX_FRAMES or len(frames[0]) > MAX_HEADER_BYTES:
-        raise MalformedMessage("wrong number or size of frames")
-    try:
-        # Refused where they are announced: a list takes eight times its bytes on the wire, and more if they are nested.
-        header = msgpack.unpackb(frames[0], raw=False, max_array_len=MAX_ITEMS, max_map_len=MAX_FIELDS, max_ext_len=0)
-    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
-        raise MalformedMessage(f"header is not msgpack: {type(error).__name__}") from None
-    if not (
-        isinstance(header, list) and len(header) == 2 and isinstance(header[0], str) and isinstance(header[1], dict)
-    ):
-        raise MalformedMessage("header is no [name, fields]")
-    name, values = header
-    cls = MESSAGES.get(name)
-    if cls is None:
-        raise MalformedMessage("unknown message")
-    message = cls(**_read_fields(cls, values, list(frames[1:])))
-    message.validate()
-    return message
-
-
-def _read_fields(cls: type[Message], values: dict[str, Any], arrays: list[bytes | memoryview]) -> dict[str, Any]:
-    specs = _SPECS[cls]
-    array_names = [name for name, spec in specs.items() if isinstance(spec, _Array)]
-    if set(values) != set(specs) - set(array_names) or len(arrays) != len(array_names):
-        raise MalformedMessage(f"{cls.__name__}: wrong set of fields")
-    for name, frame in zip(array_names, arrays, strict=True):
-        spec = specs[name]
-        assert isinstance(spec, _Array)
-        if len(frame) > spec.max_bytes or len(frame) % np.dtype(spec.dtype).itemsize:
-            raise MalformedMessage(f"{cls.__name__}.{name}: {len(frame)} bytes are no array of {spec.dtype}")
-        if spec.dtype == "bool" and not bool((np.frombuffer(frame, np.uint8) <= 1).all()):
-            raise MalformedMessage(f"{cls.__name__}.{name}: not booleans")
-        values[name] = np.frombuffer(frame, dtype=spec.dtype)
-    for name, spec in specs.items():
-        try:
-            spec.check(values[name])
-        except MalformedMessage as error:
-            raise MalformedMessage(f"{cls.__name__}.{name}: {error}") from None
-    return values
 
 
 def join(parts: Sequence[npt.NDArray[Any]], dtype: str) -> tuple[npt.NDArray[Any], Int32]:
