@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,10 @@ from oatlite.messages import Message, Record
 from oatlite.transport import Hub, Spoke, address
 
 REAL_EVERY = 10
-QUIET_S = 0.5
 NEW_STRANGER_EVERY = 500
 DEADLINE_S = 60.0
+LOST_S = 30.0
+"""What has not arrived so long after the end is taken for lost."""
 END = "the end"
 SAMPLES = 40
 PAGE_BYTES = 4096
@@ -58,7 +60,7 @@ def live(generator: random.Random, originals: list[Frames], num_frames: int) -> 
     """Half of the frames to a hub, half to a spoke. Raises TimeoutError where a real message gets no answer."""
     with tempfile.TemporaryDirectory(prefix="oatlite-fuzz-", dir="/tmp") as name:
         folder = Path(name)
-        command = [sys.executable, __file__, str(folder), str(num_frames // REAL_EVERY)]
+        command = [sys.executable, __file__, str(folder), str(num_frames)]
         other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             asked, answered = _talk(generator, originals, num_frames, folder)
@@ -128,10 +130,11 @@ def _stranger(context: zmq.Context[Any], folder: Path, generator: random.Random)
 class Other:
     """Answers real messages by themselves, and judges what else comes through."""
 
-    def __init__(self, folder: Path, num_real: int) -> None:
+    def __init__(self, folder: Path, num_frames: int) -> None:
         self._hub = Hub(address(folder, "hub"), RUN)
         self._spoke = Spoke(address(folder, "raw"), "learner-0", RUN)
-        self._sample_every = max(1, 2 * num_real // SAMPLES)
+        self._num_frames = num_frames
+        self._sample_every = max(1, 2 * (num_frames // REAL_EVERY) // SAMPLES)
         self._num_real = 0
         self._taken = 0
         self._faults: list[str] = []
@@ -142,10 +145,9 @@ class Other:
         open_ends = 2
         while open_ends:
             open_ends -= self._answer(0.001)
-        num_seen = -1
-        while num_seen < self._num_seen():  # strangers have connections of their own, and may be late
-            num_seen = self._num_seen()
-            self._answer(QUIET_S)
+        deadline = time.monotonic() + LOST_S  # strangers have connections of their own, and may be late
+        while self._num_seen() < self._num_frames and time.monotonic() < deadline:
+            self._answer(0.001)
         self._hub.send("actor-0", note(END))
         self._spoke.send(note(END))
         dropped = Counter(self._hub.dropped) + Counter(self._spoke.dropped)

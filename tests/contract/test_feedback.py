@@ -38,6 +38,7 @@ from oatlite.oracles.remote import RemoteOracle
 from oatlite.oracles.server import Gate, answers
 
 texts = st.lists(st.text(max_size=20), max_size=5)
+SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +170,7 @@ def test_a_malformed_request_stops_at_the_gate(body):
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=SUPPRESSED)
 def test_whatever_comes_is_a_message_or_refused(body):
     for read in (decode_request, lambda data: decode_verdicts(data, 2)):
         with contextlib.suppress(BadMessage):  # and nothing else
@@ -207,7 +208,7 @@ def test_our_client_reads_oats_server():
 
 
 @given(st.lists(st.tuples(st.text(max_size=9), st.text(max_size=9), st.text(max_size=9)), max_size=6))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=SUPPRESSED)
 def test_what_our_client_reads_is_what_the_oracle_said(rows):
     columns = [list(column) for column in zip(*rows, strict=True)] or [[], [], []]
     (answer,) = asked(SineOracle(), encode_comparison(*columns))

@@ -6,10 +6,11 @@ import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ def leftovers(folder: Path) -> list[str]:
     for run_id in set(re.findall(r"of run ([0-9a-f]+)", logs)):
         found += [str(path) for path in Path("/dev/shm").glob(f"oatlite-{run_id}-*")]
     return found
+
+
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port of this machine that a server of ours may listen at, and that nobody else is given while this is held."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, which lets them share it
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 def worker_pids(role: str) -> list[int]:

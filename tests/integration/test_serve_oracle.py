@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -24,7 +23,7 @@ import numpy as np
 import pytest
 from misbehaving import hangs, sends, serving
 from oats_feedback import old_preference_body, preference_body, read_scores, read_win_probs, reward_body
-from runs import ENVIRONMENT, OATLITE, Inputs, Run, leftovers, train
+from runs import ENVIRONMENT, OATLITE, Inputs, Run, leftovers, reserved_port, train
 
 from oatlite.config.schema import RemoteConfig
 from oatlite.errors import OracleError
@@ -35,7 +34,7 @@ from oatlite.oracles.reward_model import RewardModelOracle
 pytestmark = pytest.mark.slow
 
 TOKEN = "only-for-this-test"
-START_S, END_S = 60.0, 15.0
+START_S, END_S, SOON_S = 240.0, 60.0, 30.0
 PROMPTS = [f"Say number {i}: " for i in range(24)]
 FIRST, SECOND = [f" it is {i}" for i in range(24)], [" none" * (1 + i % 5) for i in range(24)]
 
@@ -76,17 +75,16 @@ def ended(pids: set[int]) -> bool:
     return set(states) <= {"Z"}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def server(folder: Path, model: object, *more: str, token: str = "", wait: bool = True) -> Iterator[Served]:
+    with reserved_port() as port:
+        yield from serving_at(port, folder, model, *more, token=token, wait=wait)
+
+
+def serving_at(port: int, folder: Path, model: object, *more: str, token: str, wait: bool) -> Iterator[Served]:
     folder.mkdir()
     # Sockets go elsewhere where the default folder for temporary files has a long name.
-    temporary, errors, port = Path(tempfile.mkdtemp(prefix="os-")), folder / "errors", free_port()
+    temporary, errors = Path(tempfile.mkdtemp(prefix="os-")), folder / "errors"
     environment = ENVIRONMENT | {"TMPDIR": str(temporary), "OATLITE_ORACLE_TOKEN": token}
     command = [str(OATLITE), "serve-oracle", "--model", str(model), "--devices", "cpu", "--port", str(port), *more]
     with errors.open("w") as log:
@@ -171,10 +169,10 @@ def test_it_answers_oats_clients(served: Served, llama: Inputs) -> None:
     here = RewardModelOracle(str(llama.reward_model))
     verdicts = here.compare(PROMPTS, FIRST, SECOND)
     for path, body in (("/get_feedback", preference_body), ("/compare", old_preference_body)):
-        answer = httpx.post(served.url + path, content=with_token(body(PROMPTS, FIRST, SECOND)))
+        answer = httpx.post(served.url + path, content=with_token(body(PROMPTS, FIRST, SECOND)), timeout=60)
         assert answer.status_code == 200
         np.testing.assert_allclose(read_win_probs(answer.content), verdicts.first_win, atol=1e-5)
-    answer = httpx.post(f"{served.url}/get_feedback", content=with_token(reward_body(PROMPTS, FIRST)))
+    answer = httpx.post(f"{served.url}/get_feedback", content=with_token(reward_body(PROMPTS, FIRST)), timeout=60)
     np.testing.assert_allclose(read_scores(answer.content), here.score(PROMPTS, FIRST), atol=1e-5)
 
 
@@ -182,7 +180,7 @@ def test_it_answers_oats_clients(served: Served, llama: Inputs) -> None:
 def test_bad_requests_are_refused_and_harm_nobody(served: Served) -> None:
     url, before = f"{served.url}/get_feedback", served.pids()
     good = with_token(preference_body(PROMPTS[:2], FIRST[:2], SECOND[:2]))
-    expected = read_win_probs(httpx.post(url, content=good).content)
+    expected = read_win_probs(httpx.post(url, content=good, timeout=60).content)
     refused = {
         b"\xc1": 422,
         b"<html>": 422,
@@ -194,7 +192,7 @@ def test_bad_requests_are_refused_and_harm_nobody(served: Served) -> None:
     }
 
     def post(body: bytes) -> httpx.Response:
-        return httpx.post(url, content=body, timeout=30)
+        return httpx.post(url, content=body, timeout=60)
 
     bodies = [body for wrong in refused for body in (wrong, good)] * 4
     with ThreadPoolExecutor(16) as pool:
@@ -205,7 +203,7 @@ def test_bad_requests_are_refused_and_harm_nobody(served: Served) -> None:
         if body == good:
             np.testing.assert_allclose(read_win_probs(answer.content), expected, atol=1e-5)
     assert served.pids() == before
-    counted = httpx.get(f"{served.url}/metrics").text
+    counted = httpx.get(f"{served.url}/metrics", timeout=60).text
     assert re.search(r'oatlite_oracle_throughput_total\{code="422",endpoint="/get_feedback"\} \d', counted)
     assert TOKEN not in served.errors.read_text()
 
@@ -254,7 +252,8 @@ def test_a_run_whose_server_turns_bad_ends_with_6_and_trains_on_none_of_it(
     bad = sends(lambda body: msgpack.packb({"batch_first_win_prob": [*win_probs(body)[:-1], float("nan")]}))
     # Sound are the answers to the trial before the run, at the first evaluation, and half of those in the first step.
     with serving(*[good] * 3, bad if turn == "nan" else hangs) as turning:
-        settings = ("--set", "remote.batch_size=8", "--set", "timeouts.oracle_s=4", "--set", "remote.concurrency=1")
+        deadline = f"timeouts.oracle_s={20 if turn == 'nan' else 10}"
+        settings = ("--set", "remote.batch_size=8", "--set", deadline, "--set", "remote.concurrency=1")
         run = train_remote(llama, tmp_path / "bad", "--oracle-url", turning.url, *settings)
     assert run.exit_code == 6, run.output
     last = run.output.strip().splitlines()[-1]
@@ -263,20 +262,39 @@ def test_a_run_whose_server_turns_bad_ends_with_6_and_trains_on_none_of_it(
     assert [record["step"] for record in run.records("eval")] == [0]
     assert run.records("step") == []
     assert not (run.folder / "samples.jsonl").exists() or not (run.folder / "samples.jsonl").read_text()
-    assert within(30, lambda: not leftovers(run.folder)), leftovers(run.folder)
+    assert within(SOON_S, lambda: not leftovers(run.folder)), leftovers(run.folder)
 
 
-def test_sigterm_lets_requests_end_and_leaves_nothing(llama: Inputs, tmp_path: Path) -> None:
-    with server(tmp_path / "one", llama.reward_model) as served, ThreadPoolExecutor(1) as pool:
+SLOW = """
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+def score(response):
+    if response == "slow":
+        (HERE / "begun").touch()
+        while not (HERE / "go-on").exists():
+            time.sleep(0.01)
+    return 1.0
+"""
+
+
+def test_sigterm_lets_requests_end_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    with server(tmp_path / "one", f"{tmp_path / 'slow.py'}:score") as served, ThreadPoolExecutor(1) as pool:
         pids = served.pids()
         assert len(pids) >= 5 and served.semaphores()
-        body = preference_body(PROMPTS * 40, FIRST * 40, SECOND * 40)
-        answer = pool.submit(httpx.post, f"{served.url}/get_feedback", content=body, timeout=30)
-        time.sleep(0.1)
+        body = reward_body(["p"], ["slow"])
+        answer = pool.submit(httpx.post, f"{served.url}/get_feedback", content=body, timeout=60)
+        assert within(SOON_S, (tmp_path / "begun").exists)
         served.process.send_signal(signal.SIGTERM)
+        # It refuses what comes now, so it has been told to stop.
+        assert within(SOON_S, lambda: httpx.get(served.url, timeout=60).status_code == 503)
+        (tmp_path / "go-on").touch()
         assert answer.result().status_code == 200
         assert served.process.wait(END_S) == 143
-        assert within(1, lambda: ended(pids))
+        assert within(SOON_S, lambda: ended(pids))
         assert list(served.temporary.iterdir()) == []
         assert not served.semaphores()
         with pytest.raises(httpx.ConnectError):
@@ -290,7 +308,7 @@ def test_ctrl_c_while_it_loads(llama: Inputs, tmp_path: Path) -> None:
         pids = served.pids()
         served.process.send_signal(signal.SIGINT)
         assert served.process.wait(END_S) == 130
-        assert within(1, lambda: ended(pids))
+        assert within(SOON_S, lambda: ended(pids))
         assert list(served.temporary.iterdir()) == []
 
 
@@ -310,5 +328,5 @@ def test_a_killed_server_leaves_nothing(served: Served) -> None:  # the last one
     pids = served.pids()
     assert served.semaphores() and list(served.temporary.iterdir())
     served.process.kill()
-    assert within(10, lambda: ended(pids - {served.process.pid}))
-    assert within(5, lambda: not list(served.temporary.iterdir()) and not served.semaphores())
+    assert within(SOON_S, lambda: ended(pids - {served.process.pid}))
+    assert within(SOON_S, lambda: not list(served.temporary.iterdir()) and not served.semaphores())

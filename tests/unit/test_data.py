@@ -136,7 +136,7 @@ def test_a_hub_that_does_not_answer_is_one_line_and_no_wait(tmp_path, monkeypatc
         refused(lambda: load_tokenizer("nobody/nothing"), "nobody/nothing")
     finally:
         sources.hub_answers.cache_clear()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20, "less than one file is asked for again and again"
 
 
 def test_long_and_empty_prompts_are_dropped_and_counted(tmp_path):

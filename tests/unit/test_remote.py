@@ -21,6 +21,7 @@ from oatlite.oracles.remote import RemoteOracle, feedback_url
 
 TOKEN = "A-Secret-of-the-Server"
 PAIRS = (["p", "q"], ["first", "one"], ["second", "other"])
+SOON_S = 30.0  # far more than anything here takes
 
 
 @pytest.fixture(autouse=True)
@@ -236,14 +237,13 @@ def test_an_oracle_that_has_failed_can_be_asked_again():
 
 
 def test_nobody_listens():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
     start = time.monotonic()
-    said = failure(url, deadline_s=0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # so that nobody else gets the port
+        said = failure(f"http://127.0.0.1:{silent.getsockname()[1]}", deadline_s=3)
     assert "cannot be reached: ConnectError" in said
     assert said.endswith("times); start it with oatlite serve-oracle, or give another --oracle-url")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < SOON_S
 
 
 def test_a_server_that_comes_back_is_asked_again():
@@ -257,18 +257,18 @@ def test_a_server_that_comes_back_is_asked_again():
 def test_retries_are_bounded_by_the_deadline_and_pause_longer_each_time():
     with serving(sends(b"out of \n memory", 500)) as server:
         start = time.monotonic()
-        assert "answers 500 out of memory (asked" in failure(server.url, deadline_s=0.6)
-        assert time.monotonic() - start < 1
+        assert "answers 500 out of memory (asked" in failure(server.url, deadline_s=5)
+        assert time.monotonic() - start < SOON_S
         times = [at for *_, at in server.requests]
         pauses = np.diff(times)
-        assert 4 <= len(times) <= 7
+        assert 4 <= len(times) <= 9  # before a tenth, pauses of more than 5 s
         assert (pauses > 0.01 * 2.0 ** np.arange(len(pauses))).all()
 
 
 @pytest.mark.parametrize("slow", [hangs, drips])
 def test_one_slow_answer_is_asked_for_again(slow):
     with serving(slow, slow, GOOD) as server:
-        remote = oracle(server.url, timeout_s=0.2)
+        remote = oracle(server.url, timeout_s=2.0, deadline_s=60)
         assert remote.compare(*PAIRS).first_win.tolist() == [0.0, 0.0]
         assert remote.num_failures == 2
         remote.close()
@@ -282,7 +282,7 @@ def test_a_server_that_stays_slow_ends_by_the_deadline(slow):
         assert "gave no answer within" in failure(
             server.url, pairs, deadline_s=0.5, timeout_s=60.0, batch_size=1, concurrency=2
         )
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < SOON_S
 
 
 # Answers without measure
@@ -313,7 +313,7 @@ def test_a_bomb_takes_no_memory(bomb):
         watcher.join()
         assert any(words in said for words in ("encoding gzip", "more than 1048576 bytes", "not msgpack"))
         assert len(server.requests) == calls.MAX_BAD_ANSWERS
-        assert highest[0] - before < 16
+        assert highest[0] - before < 40
 
 
 def test_an_encoded_answer_is_not_decoded():
@@ -371,9 +371,12 @@ def test_a_redirect_is_not_followed():
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_a_server_that_is_busy_is_given_the_time_it_asks_for(form):
-    wait = "0.4" if form == "seconds" else formatdate(math.ceil(time.time()) + 1, usegmt=True)
-    with serving(sends(b"", 429, Retry_After=wait), GOOD) as server:
-        remote = oracle(server.url, batch_size=1, concurrency=1)
+    def busy(handler):
+        wait = "0.4" if form == "seconds" else formatdate(math.ceil(time.time()) + 2, usegmt=True)
+        sends(b"", 429, Retry_After=wait)(handler)
+
+    with serving(busy, GOOD) as server:
+        remote = oracle(server.url, deadline_s=30, batch_size=1, concurrency=1)
         start = time.time()
         assert len(remote.compare(*PAIRS)) == 2
         remote.close()
@@ -386,16 +389,16 @@ def test_a_server_that_is_busy_is_given_the_time_it_asks_for(form):
 def test_a_pause_past_the_deadline_ends_it_at_once(wait):
     with serving(sends(b"", 429, Retry_After=wait)) as server:
         start = time.monotonic()
-        assert "answers 429" in failure(server.url, deadline_s=5)
-        assert time.monotonic() - start < 1
+        assert "answers 429" in failure(server.url, deadline_s=60)
+        assert time.monotonic() - start < SOON_S
         assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("wait", ["0", "-5", "nan", "soon", "Thu, 01 Jan 1970 00:00:00 GMT", ""])
 def test_a_pause_of_nothing_is_no_storm(wait):
     with serving(sends(b"", 429, Retry_After=wait)) as server:
-        failure(server.url, deadline_s=0.3)
-        assert 2 <= len(server.requests) <= 35
+        failure(server.url, deadline_s=2)
+        assert 2 <= len(server.requests) <= 210
 
 
 # The token
@@ -436,6 +439,7 @@ def test_a_proxy_is_not_asked_the_way_back_to_this_machine(monkeypatch):
 
 def test_connections_are_kept_and_as_many_as_allowed():
     together, most, lock = [0], [0], threading.Lock()
+    all_three = threading.Barrier(3)
     ports = set()
 
     def slowly(handler):
@@ -443,13 +447,13 @@ def test_connections_are_kept_and_as_many_as_allowed():
             together[0] += 1
             most[0] = max(most[0], together[0])
             ports.add(handler.client_address[1])
-        time.sleep(0.03)
+        all_three.wait(SOON_S)
         with lock:
             together[0] -= 1
         GOOD(handler)
 
     with serving(slowly) as server:
-        remote = oracle(server.url, batch_size=1, concurrency=3)
+        remote = oracle(server.url, deadline_s=60, timeout_s=60.0, batch_size=1, concurrency=3)
         for _ in range(2):
             remote.compare([f"p{i}" for i in range(9)], ["a"] * 9, ["b"] * 9)
         remote.close()
