@@ -79,7 +79,7 @@ def startable_actor(
         )
         buffer = create_buffer("shm", layout.buffer_bytes, launcher.run_id, torch.device("cpu"))
         hub = Hub(address(launcher.private_dir, rollout_socket(0)), launcher.run_id)
-        deadlines = Deadlines(start_s=300, generate_s=120, oracle_s=60, sync_s=60)
+        deadlines = Deadlines(start_s=300, generate_s=120, oracle_s=60, sync_s=300)
         pool = ActorPool(hub, [spec.role], launcher.run_id, deadlines, WeightExporter(layout, buffer), vocab_size)
         environment = os.environ | {"TMPDIR": str(launcher.private_dir), "OMP_WAIT_POLICY": "PASSIVE"}
         command = [sys.executable, "-m", "oatlite.workers", str(spec.write())]

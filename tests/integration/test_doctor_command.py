@@ -136,6 +136,8 @@ class Runs:
                 os.kill(run["worker"], signal.SIGKILL)
             for path in (run["segment"], run["semaphore"]):
                 Path(path).unlink(missing_ok=True)
+        for run in self._started:  # or it would remove the folder together with the fixture that made it
+            wait_until_gone(run["reaper"])
 
 
 @pytest.fixture
@@ -212,10 +214,10 @@ def test_the_dead_run_is_shown_and_cleaned_away_and_the_living_one_never(runs: R
     assert is_running(alive["reaper"])
 
 
-def clean_only(runs: Runs) -> None:
-    """What ``--clean`` does, without the checks and the trial."""
-    script = "from oatlite.leftovers import clean; clean()"
-    subprocess.run([sys.executable, "-c", script], check=True, env=runs.environment, timeout=LONG_S)
+def clean_only(runs: Runs, *made: Path) -> None:
+    """What ``--clean`` does, without the checks and the trial, at the moment when ``made`` are as good as new."""
+    script = "import os, sys; from oatlite.leftovers import clean; [os.utime(path) for path in sys.argv[1:]]; clean()"
+    subprocess.run([sys.executable, "-c", script, *made], check=True, env=runs.environment, timeout=LONG_S)
 
 
 def test_a_segment_that_is_still_read_stays(runs: Runs) -> None:
@@ -302,7 +304,7 @@ def test_a_folder_and_a_segment_that_were_made_this_moment_stay(runs: Runs, temp
     segment = SHM / f"oatlite-{secrets.token_hex(6)}-{secrets.token_hex(8)}"
     segment.touch()
     try:
-        clean_only(runs)
+        clean_only(runs, folder, segment)
         assert folder.exists() and segment.exists()
         for path in (folder, segment):
             os.utime(path, (1, 1))

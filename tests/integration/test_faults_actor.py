@@ -10,7 +10,7 @@ from live import CLEAN_S, EngineMode, Stopwatch, live
 from runs import Inputs, Run, command
 
 NOTICED_S = 10.0
-SILENCE_S = 12
+SILENCE_S = 30  # a healthy worker that loads torch on a busy machine says nothing for some seconds
 
 
 def test_an_actor_that_is_stopped_fails_and_is_killed_is_replaced_each_time_and_the_run_is_the_same(
@@ -43,7 +43,7 @@ def test_an_actor_that_is_stopped_fails_and_is_killed_is_replaced_each_time_and_
         run.send("actor-0", signal.SIGKILL)
         watch = Stopwatch()
         run.wait_for("actor 0 was killed by SIGKILL; restart 3 of 3")
-        watch.within(NOTICED_S, "actor killed, to its restart")
+        watch.within(CLEAN_S, "actor killed, to its restart")
         engine.set("fast")
         run.wait_for("actor 0", "generate: 32 samples")  # the whole batch again
 

@@ -65,7 +65,7 @@ class Disturbed:
         flood.join(4 * CLEAN_S)
         self.was_sent = all_sent.is_set()
         engine.set("fast")
-        self.growth_after = {role: resident_bytes(pid) - before[role] for role, pid in pids.items()}
+        self.growth_after = {role: resident_bytes(pids[role]) - before[role] for role in ("actor-0", "supervisor")}
         run.wait_for("learner 0", "saving: model")
         watch = Stopwatch()
         self.code, _ = run.end()
@@ -139,6 +139,11 @@ def resident_bytes(pid: int) -> int:
     return int(words.split()[1]) * 1024
 
 
+def peak_bytes(run: Run) -> int:
+    """The most memory that rank 0 had by its last step."""
+    return run.records("step")[-1]["perf"]["memory_bytes"]
+
+
 @contextmanager
 def silent_server() -> Iterator[int]:
     """A real server that takes every connection and never says a word."""
@@ -167,12 +172,16 @@ def test_the_run_is_the_same(disturbed: Disturbed, one_by_one: Run) -> None:
     assert (folder / "samples.jsonl").read_text() == (one_by_one.folder / "samples.jsonl").read_text()
 
 
-def test_frames_of_others_are_counted_and_memory_stays_flat(disturbed: Disturbed) -> None:
+def test_frames_of_others_are_counted_and_memory_stays_flat(disturbed: Disturbed, one_by_one: Run) -> None:
     log = (disturbed.run.folder / "logs" / "learner-0.log").read_text()
     for why in ("malformed", "foreign", "unexpected"):
         counted = [int(n) for n in re.findall(rf"dropped a {why} message from .* \((\d+) so far\)", log)]
         assert counted == list(range(1, len(counted) + 1)) and len(counted) > NUM_FRAMES // 20, why
     assert max(disturbed.growth_after.values()) < FLAT_BYTES, disturbed.growth_after
+    # A learner grows in its first step whatever comes: its peak is held against that of a run that nobody disturbed.
+    extra = peak_bytes(Run(disturbed.run.folder, 0, "")) - peak_bytes(one_by_one)
+    print("FAULT peak of the learner beside that of a run without frames of others, in MiB:", extra >> 20)
+    assert extra < FLAT_BYTES
 
 
 def test_a_learner_that_falls_behind_holds_the_others_back(disturbed: Disturbed) -> None:
@@ -183,8 +192,7 @@ def test_a_learner_that_falls_behind_holds_the_others_back(disturbed: Disturbed)
 
 def test_a_server_of_weights_and_biases_that_never_answers_costs_ten_seconds_at_the_end(disturbed: Disturbed) -> None:
     folder = disturbed.run.folder
-    assert (
-        f"Weights & Biases: it did not finish within {WANDB_CLOSE_S:g} s"
-        in (folder / "logs" / "learner-0.log").read_text()
-    )
+    # Kept offline where there was time for it.
+    told = rf"Weights & Biases: (it did not finish within {WANDB_CLOSE_S:g} s|kept offline)"
+    assert re.search(told, (folder / "logs" / "learner-0.log").read_text())
     assert [path for path in folder.glob("wandb/*/*.wandb") if path.stat().st_size], "offline files stay"

@@ -39,6 +39,7 @@ TEMPLATE = (
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+LONG_S = 600.0
 COLOURS = ["red", "blue", "green", "black"]
 
 
@@ -223,16 +224,22 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def ends_well(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate(timeout=LONG_S)
+    assert process.returncode == 0, output
+
+
 def test_a_killed_training_goes_on_to_the_same_weights(base: Path, tmp_path: Path, capsys) -> None:
     data = references(tmp_path / "rows.jsonl", 200)
     flags = ["--batch-size", "4", "--epochs", "3", "--lr", "1e-3", "--save-every", "10"]
     arguments = ["sft", "--model", str(base), "--data", str(data), *flags, "--output"]
     whole = start(tmp_path, *arguments, "whole")
-    assert whole.wait(120) == 0, whole.stdout.read() if whole.stdout else ""
+    ends_well(whole)
     killed = start(tmp_path, *arguments, "killed")
     checkpoints = tmp_path / "killed.checkpoints"
-    deadline = time.monotonic() + 100
-    while not list(checkpoints.glob("checkpoint-*/complete")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + LONG_S
+    while not list(checkpoints.glob("checkpoint-*/complete")) and killed.poll() is None:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
@@ -253,7 +260,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(base: Path, tmp_path: Pat
     finally:
         weights_file.write_bytes(kept)
     resumed = start(tmp_path, *arguments, "killed", "--resume")
-    assert resumed.wait(120) == 0, resumed.stdout.read() if resumed.stdout else ""
+    ends_well(resumed)
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "rows.jsonl", "whole"]

@@ -198,7 +198,7 @@ def stranger(path: Path) -> Iterator[zmq.Socket[bytes]]:
     try:
         yield raw
     finally:
-        raw.close(linger=1000)
+        raw.close(linger=60_000)
         context.term()
 
 

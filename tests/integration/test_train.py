@@ -157,9 +157,9 @@ def test_an_algorithm_of_a_users_own_judged_by_pairrm(llama: Inputs, tmp_path: P
     assert 0 < run.records("eval")[-1]["win_probability"] < 1
 
 
-@pytest.mark.parametrize(("stage", "times", "end_s"), [("starting", 1, 30), ("generate", 1, 30), ("learn", 2, 5)])
+@pytest.mark.parametrize(("stage", "times", "end_s"), [("starting", 1, 30), ("generate", 1, 30), ("learn: step", 2, 5)])
 def test_ctrl_c_leaves_nothing(stage: str, times: int, end_s: float, llama: Inputs, tmp_path: Path) -> None:
-    run = tmp_path / stage
+    run = tmp_path / "run"
     process = start(llama, run, "--max-prompts", "72", "--epochs", "200")
     try:
         seen = _wait_for_stage(process, stage)
@@ -188,18 +188,24 @@ def _wait_for_stage(process: subprocess.Popen[str], stage: str) -> str:
 
 def test_sigterm_ends_with_143(llama: Inputs, tmp_path: Path) -> None:
     process = start(llama, tmp_path / "term", "--epochs", "200")
-    _wait_for_stage(process, "generate")
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == 143
+    try:
+        seen = _wait_for_stage(process, "generate")
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=120)  # a whole step and its checkpoint
+    finally:
+        process.kill()
+    assert process.returncode == 143, seen + rest
     assert leftovers(tmp_path / "term") == []
 
 
 def test_a_killed_learner_ends_the_run_with_its_name(llama: Inputs, tmp_path: Path) -> None:
     process = start(llama, tmp_path / "learner", "--epochs", "200")
-    seen = _wait_for_stage(process, "generate")
-    os.kill(worker_pids("learner-0")[0], signal.SIGKILL)
-    rest, _ = process.communicate(timeout=30)
+    try:
+        seen = _wait_for_stage(process, "generate")
+        os.kill(worker_pids("learner-0")[0], signal.SIGKILL)
+        rest, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 3, seen + rest
     last = rest.strip().splitlines()[-1]
     assert "learner 0 was killed by SIGKILL" in last

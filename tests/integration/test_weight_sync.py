@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZES
+from greedy import decided_tokens
 from one_actor import one_actor
 from runs import Inputs
 from small_folders import VOCAB_SIZE, save_model
@@ -24,24 +25,7 @@ from oatlite.weights import plan_layout
 
 MAX_NEW_TOKENS = 16
 LONG_PROMPT = 180
-DECIDED = 1e-4  # nearer logits than that may be decided by rounding
 GREEDY = SamplingOptions(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
-
-
-def decided_tokens(model: torch.nn.Module, prompt: np.ndarray) -> list[int]:
-    """Hugging Face's greedy tokens up to the first that rounding could decide, or EOS."""
-    ids = torch.from_numpy(prompt.astype(np.int64))[None]
-    tokens: list[int] = []
-    with torch.no_grad():
-        while len(tokens) < MAX_NEW_TOKENS and 0 not in tokens:
-            best = model(input_ids=ids).logits[0, -1].topk(2)
-            if best.values[0] - best.values[1] < DECIDED:
-                break
-            tokens.append(int(best.indices[0]))
-            ids = torch.cat([ids, best.indices[None, :1]], dim=1)
-    return tokens
-
-
 WEIGHTS = {"rank": 0}
 MERGED = {"rank": 4, "alpha": 16, "sync": "merged"}
 ADAPTER = MERGED | {"sync": "adapter"}
@@ -90,7 +74,7 @@ def test_greedy_tokens_equal_hugging_faces(
             assert len(set(checksums)) == len(checksums) == layout.num_buckets
             found, _ = pool.generate(prompts, np.zeros((len(prompts), 1), np.uint64), ["policy"], GREEDY)
             tokens = [candidates[0].tokens.tolist() for candidates in found]
-            expected = [decided_tokens(model, prompt) for prompt in prompts]
+            expected = [decided_tokens(model, prompt, MAX_NEW_TOKENS) for prompt in prompts]
             for sampled, wanted in zip(tokens, expected, strict=True):
                 assert sampled[: len(wanted)] == wanted
             assert expected[-1], "nothing was decided after the long prompt"
