@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, cast
 from oatlite.errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{6,})")
 _UNFINISHED = ".writing-"
 _DOOMED = ".removing-"
@@ -113,7 +113,7 @@ class CheckpointWriter:
             "about": dict(about),
         }
         with self.open(MANIFEST) as file:
-            file.write(json.dumps(manifest, indent=1).encode())
+            file.write(json.dumps(manifest | {"digest": _digest_of_manifest(manifest)}, indent=1).encode())
         with self._storage_errors(self._final):
             for folder in {(self.folder / r.name).parent for r in records} | {self.folder}:
                 _sync_folder(folder)
@@ -207,6 +207,8 @@ def read(folder: Path) -> Checkpoint:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder} has the format {manifest['format']}, and this version reads {FORMAT}")
+        if manifest.pop("digest") != _digest_of_manifest(manifest) or name_of(manifest["step"]) != folder.name:
+            raise ValueError("another manifest was written")
         files = tuple(FileRecord(f["name"], int(f["num_bytes"]), f["digest"]) for f in manifest["files"])
         return Checkpoint(folder=folder, step=int(manifest["step"]), about=manifest["about"], files=files)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -237,6 +239,12 @@ class _HashingFile:
 
     def digest(self) -> str:
         return self._hash.hexdigest()
+
+
+def _digest_of_manifest(manifest: Mapping[str, Any]) -> str:
+    """Of what it says, in whatever order and however set; ``digest`` itself is not in it."""
+    said = json.dumps(json.loads(json.dumps(manifest)), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(said.encode(), digest_size=32).hexdigest()
 
 
 def _digest(path: Path) -> str:

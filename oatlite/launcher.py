@@ -55,8 +55,14 @@ class Worker:
         return self._process.poll()
 
     def signal(self, number: int) -> None:
+        """Signal the process and its group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
+
+    def tell(self, number: int) -> None:
+        """Signal the process alone: a handler that it has is none of its children's."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it has ended in time."""

@@ -40,7 +40,7 @@ def remove_leftovers(private_dir: str, segment_prefix: str, started: Iterable[in
     prefixes = (segment_prefix, *(f"torch_{number}_" for number in started))
     for entry in os.listdir("/dev/shm"):
         if entry.startswith(prefixes):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # gone already, or of another user whose process has such a number
                 os.unlink(os.path.join("/dev/shm", entry))
     shutil.rmtree(private_dir, ignore_errors=True)
 

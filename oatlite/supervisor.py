@@ -41,6 +41,9 @@ MAX_ACTOR_RESTARTS = 3
 STEPS_TO_FORGIVE = 20  # after so many steps since an actor's last restart, its restarts count from zero again
 STACK_DUMP_S = 2.0
 ACTOR_EXIT_S = 30.0
+LAST_WORDS_S = 0.5
+BOUNDED_STAGES = ("learn", "sync", "save", "saving")
+"""What a learner does alone, so that no deadline of its own ends it."""
 SEGMENT_PREFIX = "oatlite-"
 
 
@@ -61,6 +64,7 @@ class _Role:
     spec: WorkerSpec
     worker: Worker
     stage: tuple[str, str] = ("", "")
+    stage_since: float = 0.0
     seen: float = field(default_factory=time.monotonic)
     was_ready: bool = False
     num_restarts: int = 0
@@ -199,13 +203,17 @@ class Supervisor:
         roles = list(self._roles.values())
         codes = {role.place.name: role.worker.exit_code() for role in roles}
         if any(codes.values()):
-            self._watch_last_messages()  # last words may still be on their way
+            self._watch_last_messages()
+            self._await_last_words([role for role in roles if (codes[role.place.name] or 0) > 0])
         for role in sorted(roles, key=lambda role: _is_consequence(role, codes[role.place.name])):
             code = codes[role.place.name]
             if code is not None:
                 self._ended(role, code)
             elif time.monotonic() - role.seen > self._config.timeouts.silence_s:
-                self._silent(role)
+                self._frozen(role, f"was silent for {self._config.timeouts.silence_s:.0f} s")
+            elif self._is_stuck(role):
+                stage = ": ".join(filter(None, role.stage))
+                self._frozen(role, f"did nothing but {stage} for {self._config.timeouts.learn_s:.0f} s")
 
     def _handle(self, peer: str, message: Message) -> None:
         role = self._roles.get(peer)
@@ -217,6 +225,7 @@ class Supervisor:
             case Stage():
                 if role.stage != (message.stage, message.detail):
                     self._console.stage(role.place.name, message.stage, message.detail)
+                    role.stage_since = time.monotonic()
                 role.stage = (message.stage, message.detail)
                 role.was_ready |= message.stage != "starting"
             case Record(kind="pair"):
@@ -232,7 +241,8 @@ class Supervisor:
         if code == 0:
             return
         failure = role.failure
-        is_for_good = failure is not None and failure.exit_code != WorkerDied.exit_code
+        known = failure.exit_code if failure is not None else code
+        is_for_good = known in BY_EXIT_CODE and known != WorkerDied.exit_code
         if self._may_restart(role) and not is_for_good:
             self._restart(role, _describe_exit(code))
             return
@@ -243,27 +253,30 @@ class Supervisor:
             cls = BY_EXIT_CODE.get(failure.exit_code, WorkerDied)
             raise cls(f"{role.place.name}: {failure.message}", f"{failure.fix + '; ' if failure.fix else ''}log: {log}")
         again = f" after {role.num_restarts} restarts" if role.num_restarts else ""
-        raise WorkerDied(f"{role.place.name} {_describe_exit(code)}{again}", f"log: {log}")
+        cls = BY_EXIT_CODE.get(code, WorkerDied)
+        raise cls(f"{role.place.name} {_describe_exit(code)}{again}", f"log: {log}")
 
-    def _silent(self, role: _Role) -> None:
+    def _is_stuck(self, role: _Role) -> bool:
+        """A learner whose main thread hangs, in a driver or on a dead disk, still gives signs of life from another."""
+        is_bounded = not role.is_actor and role.stage[0] in BOUNDED_STAGES
+        return is_bounded and time.monotonic() - role.stage_since > self._config.timeouts.learn_s
+
+    def _frozen(self, role: _Role, why: str) -> None:
         """Get a frozen worker's stacks into its log, then treat it as dead. A stopped process runs no handler."""
-        silence = self._config.timeouts.silence_s
-        role.worker.signal(signal.SIGUSR1)
+        role.worker.tell(signal.SIGUSR1)
         role.worker.signal(signal.SIGCONT)
         time.sleep(STACK_DUMP_S)
         role.worker.signal(signal.SIGKILL)
         role.worker.wait(STACK_DUMP_S)
         if self._may_restart(role):
-            self._restart(role, f"was silent for {silence:.0f} s")
+            self._restart(role, why)
             return
-        raise DeadlineExceeded(
-            f"{role.place.name} was silent for {silence:.0f} s", f"its stacks are in {role.worker.log}"
-        )
+        raise DeadlineExceeded(f"{role.place.name} {why}", f"its stacks are in {role.worker.log}")
 
     def _dump_stacks(self) -> None:
         """Somebody waited in vain: let the log of every worker say where it is."""
         for role in self._roles.values():
-            role.worker.signal(signal.SIGUSR1)
+            role.worker.tell(signal.SIGUSR1)
             role.worker.signal(signal.SIGCONT)
         time.sleep(STACK_DUMP_S)
 
@@ -293,13 +306,21 @@ class Supervisor:
             return False
         deadline = time.monotonic() + ACTOR_EXIT_S
         for role in self._roles.values():
-            role.worker.wait(max(0.0, deadline - time.monotonic()))
+            while not role.worker.wait(POLL_S) and time.monotonic() < deadline:
+                self._check_signals()
         self._watch_last_messages()
         return True
 
     def _watch_last_messages(self) -> None:
         while (received := self._hub.receive(0)) is not None:
             self._handle(*received)
+
+    def _await_last_words(self, roles: list[_Role]) -> None:
+        """What a worker sent before it ended may still be on its way through its socket."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        while any(role.failure is None for role in roles) and (left_s := deadline - time.monotonic()) > 0:
+            if (received := self._hub.receive(left_s)) is not None:
+                self._handle(*received)
 
     def _check_signals(self) -> None:
         """Act upon what was asked: SIGTERM lets the step finish and be saved, a second signal or Ctrl-C doesn't."""
@@ -314,7 +335,7 @@ class Supervisor:
             self._console.note("terminating: the step is finished and saved first")
             self._stop_by = time.monotonic() + self._config.timeouts.stop_s
             for role in learners:
-                role.worker.signal(STOP_SIGNAL)
+                role.worker.tell(STOP_SIGNAL)
         if time.monotonic() > self._stop_by:
             stop_s = self._config.timeouts.stop_s
             raise Interrupted(EXIT_TERMINATED, f"terminated, not saved: the step took longer than {stop_s:.0f} s")

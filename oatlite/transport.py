@@ -77,7 +77,8 @@ class _Endpoint:
     def drop(self, why: str, sender: str, what: str) -> None:
         """Count and log a message that is not used."""
         self.dropped[why] += 1
-        log.warning("dropped a %s message from %s: %s (%d so far)", why, sender, what, self.dropped[why])
+        plain = sender.encode("unicode_escape").decode()
+        log.warning("dropped a %s message from %s: %s (%d so far)", why, plain, what, self.dropped[why])
 
 
 class Hub(_Endpoint):

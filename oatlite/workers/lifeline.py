@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import threading
@@ -13,8 +14,11 @@ from typing import Any
 
 from oatlite.errors import DeadlineExceeded, OatliteError
 from oatlite.messages import Failure, Message, Record, Stage
+from oatlite.messages.fields import MalformedMessage
 from oatlite.transport import Spoke, address
 from oatlite.workers.spec import CONTROL_SOCKET, WorkerSpec
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 EXIT_ORPHANED = 3
@@ -50,8 +54,14 @@ class Lifeline:
                 os._exit(EXIT_ORPHANED)
             # A supervisor that is stopped takes nothing for a while; it must find this worker alive when it goes on.
             with contextlib.suppress(DeadlineExceeded):
-                spoke.send(message)
+                self._send(spoke, message)
         spoke.close(flush_s=5.0)
+
+    def _send(self, spoke: Spoke, message: Message) -> None:
+        try:
+            spoke.send(message)
+        except MalformedMessage as error:  # too long; signs of life must go on all the same
+            log.warning("a %s cannot be sent: %s", type(message).__name__, error)
 
     def _beat(self) -> Stage:
         stage, detail = self._stage
@@ -81,6 +91,7 @@ class Lifeline:
             code, message, fix = error.exit_code, error.message, error.fix
         else:
             code, message, fix = 3, f"{type(error).__name__}: {error}", ""
+        message, fix = (text.encode(errors="replace").decode() for text in (message, fix))  # of a path that is no text
         self._outbox.put(
             Failure(run_id=self._run_id, role=self._role, exit_code=code, message=message[:2000], fix=fix[:2000])
         )

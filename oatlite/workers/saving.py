@@ -100,12 +100,13 @@ class Keeper:
         progress = Progress(**checkpoint.about["progress"])
         self._buffer.restore(*unpack(checkpoint.folder / _buffer_name(self._rank)))
         self._policies.adopt()
+        written = {record.name for record in checkpoint.files}
         behaviour = checkpoint.folder / BEHAVIOUR
-        if behaviour.exists():
+        if BEHAVIOUR in written:
             with safe_open(behaviour, "pt") as file:
                 self._policies.adopt_copy({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         head = checkpoint.folder / HEAD
-        if self._explorer is not None and head.exists():
+        if self._explorer is not None and HEAD in written:
             with safe_open(head, "pt") as file:
                 self._explorer.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         if self._rank == 0:

@@ -12,9 +12,21 @@ import time
 from pathlib import Path
 
 import pytest
-from live import Stopwatch
+from live import EngineMode, Stopwatch
 from oatlite_cli.main import main
-from runs import OATLITE, Inputs, Run, leftovers, read_lines, run_to_end, start, train, worker_pids
+from runs import (
+    OATLITE,
+    Inputs,
+    Run,
+    command,
+    leftovers,
+    read_lines,
+    run_to_end,
+    start,
+    start_command,
+    train,
+    worker_pids,
+)
 from safetensors.torch import load_file
 
 from oatlite.checkpoint import complete
@@ -31,9 +43,10 @@ ADAPTER = (
     *("--algo", "dpo", "--actors", "2", "--learners", "2", "--micro-batch-size", "4", "--lora-rank", "4"),
     *("--set", "learner.zero_stage=3", "--set", "lora.sync=adapter"),
 )
-# No actors; the pairs were read, and the reference point of KTO goes over both ranks.
+# No actors; the pairs were read, and the reference point of KTO goes over both ranks. A pair at a time, and twice over,
+# it takes as long as with actors.
 OFFLINE = (
-    *("--offline", "--algo", "kto", "--learners", "2", "--micro-batch-size", "4"),
+    *("--offline", "--algo", "kto", "--learners", "2", "--micro-batch-size", "1", "--set", "learner.passes=2"),
     *("--set", "learner.zero_stage=3", "--set", "learner.buffer_size=32"),
 )
 # The epistemic head with its comparisons, on two ranks that must hold the same one.
@@ -89,12 +102,15 @@ def whole(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one rank whose supervisor was killed soon after its fifth step; its one checkpoint is of the fourth."""
     run = tmp_path_factory.mktemp("runs") / "killed"
-    kill_in_step_5(run, llama, ONE_RANK)
+    kill_after_step_5(run, llama, ONE_RANK)
     return run
 
 
-def kill_in_step_5(run: Path, inputs: Inputs, case: tuple[str, ...]) -> None:
-    process = start(inputs, run, *case, *COMMON)
+def kill_after_step_5(run: Path, inputs: Inputs, case: tuple[str, ...]) -> None:
+    """With engines so slow that the eighth step, which is saved, is seconds away."""
+    engine = EngineMode(run.parent / f"{run.name}.mode")
+    engine.set("slow")
+    process = start_command(command(inputs, run, *case, *COMMON), engine.environment | {"ENGINE_SLOW_S": "0.15"})
     try:
         wait_for_line(process, "step 5/9")
     finally:
@@ -129,7 +145,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Path, killed: Path, 
 def test_ranks_go_on_as_if_nothing_had_been(case: tuple[str, ...], llama: Inputs, tmp_path: Path) -> None:
     undisturbed = train(llama, tmp_path / "whole", *case, *COMMON)
     assert undisturbed.exit_code == 0, undisturbed.output
-    kill_in_step_5(tmp_path / "killed", llama, case)
+    kill_after_step_5(tmp_path / "killed", llama, case)
     done = resume(tmp_path / "killed")
     assert done.exit_code == 0, done.output
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from oatlite.checkpoint import MANIFEST, CheckpointWriter, complete, name_of, prune, steps_of, unfinished
+from oatlite.checkpoint import MANIFEST, CheckpointWriter, complete, name_of, prune, read, steps_of, unfinished
 from oatlite.errors import CheckpointError, StorageError
 from oatlite.resuming import choose, how_to_go_on
 
@@ -113,6 +113,30 @@ def test_a_manifest_that_cannot_be_read_is_named_and_an_older_checkpoint_is_take
     assert "oatlite resume" in how_to_go_on(tmp_path)
     prune(root, 3, newer_than=2)
     assert steps_of(root) == [2, 1]
+
+
+def test_no_bit_of_a_manifest_can_be_turned_without_being_noticed(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, 12)
+    writer.begin()
+    about = {"progress": {"step": 12, "num_queries": 96}, "config": {"learner": {"lr": 1e-5, "betas": [0.9, 0.95]}}}
+    writer.complete(12, writer.records, about)
+    manifest = tmp_path / name_of(12) / MANIFEST
+    written = manifest.read_bytes()
+    assert read(manifest.parent).about == about
+    spaces = {i for i, byte in enumerate(written) if byte in b" \n"}
+    for place in set(range(len(written))) - spaces:
+        for bit in range(8):
+            turned = bytearray(written)
+            turned[place] ^= 1 << bit
+            if turned.replace(b"E", b"e") == written:  # of a number's exponent, which is the same number
+                continue
+            manifest.write_bytes(turned)
+            with pytest.raises(CheckpointError):
+                read(manifest.parent)
+    manifest.write_bytes(written)
+    manifest.parent.rename(tmp_path / name_of(13))
+    with pytest.raises(CheckpointError):
+        read(tmp_path / name_of(13))
 
 
 def test_a_run_without_a_checkpoint_is_started_again(tmp_path: Path) -> None:

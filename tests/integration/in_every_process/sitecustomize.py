@@ -1,7 +1,7 @@
 """Python runs this in each process that has its folder on the path: the engine then does as a file tells it.
 
-The file that ENGINE_MODE names holds ``fast``, ``slow`` (each of the engine's steps takes longer, so that a test can
-meet it in the middle of a batch) or ``raise`` (as with a broken driver).
+The file that ENGINE_MODE names holds ``fast``, ``slow`` (each of the engine's steps takes ENGINE_SLOW_S longer, so that
+a test can meet it in the middle of a batch) or ``raise`` (as with a broken driver).
 """
 
 import os
@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-SLOW_S = 0.3
+SLOW_S = float(os.environ.get("ENGINE_SLOW_S", "0.3"))
 ENGINE = "vllm.v1.engine.llm_engine"
 
 
