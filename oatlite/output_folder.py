@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -42,6 +43,11 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
         _rename(work, path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    except Exception as error:
+        full = os.strerror(errno.ENOSPC)
+        if full not in str(error):  # safetensors says so in words alone
+            raise
+        raise StorageError(f"cannot write {path}: {full}", "free space on that disk") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

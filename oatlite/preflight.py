@@ -7,9 +7,11 @@ import importlib.metadata
 import inspect
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oatlite.config.flags import to_type
+from oatlite.config.oracle_names import kind_of
 from oatlite.config.schema import Config
 from oatlite.config.steps import pairs_of_step
 from oatlite.data import load_prompts
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
     from oatlite.algorithms.base import Algorithm
     from oatlite.preferences import PreferenceSet
+
+SAMPLE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +77,9 @@ def check(config: Config) -> Plan:
     fingerprints = {
         "model": _digest(_architecture(policy)),
         "tokenizer": _digest(sorted(tokenizer.get_vocab().items())),
+        "initial policy": _digest(_weights(str(config.model.path))),
+        "reference": _digest(_weights(str(config.model.reference))),
+        "reward model": _digest([_weights(name) for name in config.oracle.path if kind_of(name) == "model"]),
     }
     if config.rollout.offline:
         return _offline_plan(config, tokenizer, limit, fingerprints)
@@ -190,6 +197,22 @@ def _architecture(model: PretrainedConfig) -> dict[str, object]:
     """What decides the shape of a model, without what depends on where it lies and on the library's version."""
     passing = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
     return {key: value for key, value in model.to_dict().items() if key not in passing}
+
+
+def _weights(path: str) -> object:
+    """What tells a model's weights in a folder from others of the same shape, without reading all of them: sizes, and
+    both ends of each file. Of a hub's model, its name."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    found = []
+    for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
+        with file.open("rb") as opened:
+            first = opened.read(SAMPLE_BYTES)
+            opened.seek(max(0, file.stat().st_size - SAMPLE_BYTES))
+            ends = first + opened.read(SAMPLE_BYTES)
+        found.append((file.name, file.stat().st_size, hashlib.blake2b(ends, digest_size=16).hexdigest()))
+    return found
 
 
 def _digest(value: object) -> str:

@@ -27,9 +27,9 @@ from runs import (
     train,
     worker_pids,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from oatlite.checkpoint import complete
+from oatlite.checkpoint import _digest_of_manifest, complete
 
 COMMON = ("--max-prompts", "48", "--epochs", "3", "--save-every", "4", "--eval-every", "3")
 ONE_RANK = ("--algo", "simpo")
@@ -201,9 +201,24 @@ def with_policy_of_its_own(killed: Path, llama: Inputs, folder: Path) -> tuple[P
     policy = Path(shutil.copytree(llama.policy, folder / "policy"))
     config = run / "config.toml"
     config.write_text(config.read_text().replace(str(llama.policy), str(policy)))
-    manifest = run / "checkpoints" / "step-000004" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(str(llama.policy), str(policy)))
+    path = run / "checkpoints" / "step-000004" / "manifest.json"
+    manifest = json.loads(path.read_text().replace(str(llama.policy), str(policy)))
+    manifest.pop("digest")
+    path.write_text(json.dumps(manifest | {"digest": _digest_of_manifest(manifest)}))
     return run, policy
+
+
+def test_other_weights_of_the_same_shape_are_refused(
+    killed: Path, llama: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, policy = with_policy_of_its_own(killed, llama, tmp_path)
+    weights = policy / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"] += 1.0
+    save_file(tensors, weights, metadata={"format": "pt"})
+    line = refused(capsys, 2, str(run))
+    assert "the initial policy is another one" in line and "the reference is another one" in line
+    assert "the model is another one" not in line and "the reward model is another one" not in line
 
 
 def test_another_model_is_refused_before_anything_starts(

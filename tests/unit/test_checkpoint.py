@@ -189,6 +189,34 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_what_is_needed_and_fre
     assert "checkpoint.keep_last=1" in second
 
 
+FULL_FOR_A_MODEL = """
+    import sys
+    from pathlib import Path
+    import torch
+    from oatlite.errors import StorageError
+    from oatlite.output_folder import complete_or_absent
+    from safetensors.torch import save_file
+
+    try:
+        with complete_or_absent(Path(sys.argv[1]) / "model") as folder:
+            save_file({"weight": torch.zeros(1 << 20)}, folder / "model.safetensors")
+    except StorageError as error:
+        print(error, list(Path(sys.argv[1]).iterdir()))
+"""
+
+
+def test_a_disk_that_is_too_full_for_the_model_is_told_and_keeps_nothing_of_it(tmp_path: Path) -> None:
+    command = f'mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
+    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    try:
+        subprocess.run([*unshare, f"mount -t tmpfs none {tmp_path}"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine allows no tmpfs of our own")
+    done = subprocess.run([*unshare, command, textwrap.dedent(FULL_FOR_A_MODEL)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"cannot write {tmp_path}/model: No space left on device; free space on that disk []\n"
+
+
 def test_an_error_that_is_not_the_disks_comes_out_as_it_is(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, 1)
     writer.begin()
