@@ -39,8 +39,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 from report import machine, save  # noqa: E402
 
 END_GRACE_S = 12.0
-LEAST_S = 15.0
-RESERVE_S = 10.0
+RESERVE_S = 20.0
 TAIL_LINES = 25
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 MODULE_OF = {"pyzmq": "zmq"}
@@ -48,11 +47,13 @@ MODULE_OF = {"pyzmq": "zmq"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """``function`` is ``module:name`` of ``gpu_rows``; ``needs`` are packages without which it is left out."""
+    """``function`` is ``module:name`` of ``gpu_rows``; ``needs`` are packages without which it is left out, as it
+    is with less than ``least_s`` to go."""
 
     name: str
     function: str
     limit_s: float
+    least_s: float = 15.0
     needs: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -66,6 +67,7 @@ ROWS = (
     Row(name="pair-forward", function="forward:pair_forward", limit_s=100, needs=HUGGING_FACE),
     Row(name="step", function="step:step_hugging_face", limit_s=150, needs=RUN),
     Row(name="step-vllm", function="step:step_vllm", limit_s=180, needs=VLLM),
+    Row(name="sleep", function="sleep:sleep_and_wake", limit_s=120, needs=VLLM),
     Row(
         name="expandable-segments",
         function="weight_sync:refusal",
@@ -75,9 +77,8 @@ ROWS = (
     ),
     Row(name="log-probabilities", function="forward:log_probabilities", limit_s=60, needs=HUGGING_FACE),
     Row(name="tests", function="checks:gpu_tests", limit_s=120, needs=(*HUGGING_FACE, "pytest")),
-    Row(name="train", function="train:train", limit_s=240, needs=(*VLLM, "deepspeed", "datasets")),
-    Row(name="sleep", function="sleep:sleep_and_wake", limit_s=120, needs=VLLM),
     Row(name="doctor", function="checks:doctor", limit_s=60, needs=("torch", "pyzmq")),
+    Row(name="train", function="train:train", limit_s=300, least_s=60, needs=(*VLLM, "deepspeed", "datasets")),
 )
 
 
@@ -138,20 +139,20 @@ def last_words(log: Path) -> str:
     return (errors or lines or ["nothing was said"])[-1][:300]
 
 
-def missing(row: Row, device: str) -> list[str]:
-    """Of what a row needs, what this Python lacks; vLLM for a CPU is another package with the same module."""
-    del device
+def missing(row: Row) -> list[str]:
+    """Of what a row needs, what this Python lacks."""
     return [package for package in row.needs if importlib.util.find_spec(MODULE_OF.get(package, package)) is None]
 
 
-def run_all(options: argparse.Namespace, environment: dict[str, str], logs: Path) -> list[Outcome]:
-    deadline = time.monotonic() + 60 * options.minutes - RESERVE_S
-    outcomes = []
+def run_all(
+    options: argparse.Namespace, environment: dict[str, str], logs: Path, outcomes: list[Outcome], deadline: float
+) -> None:
+    """Adds to ``outcomes``, which has what is known also when this is broken off."""
     for row in (row for row in ROWS if not options.rows or row.name in options.rows):
         left_s = deadline - time.monotonic()
-        if lacking := missing(row, options.device):
+        if lacking := missing(row):
             outcome = Outcome(row=row.name, status="left out", why=f"not installed: {', '.join(lacking)}")
-        elif left_s < LEAST_S:
+        elif left_s < row.least_s:
             outcome = Outcome(row=row.name, status="left out", why=f"{max(0.0, left_s):.0f} s were left")
         else:
             outcome = run_row(row, options, environment, min(row.limit_s, left_s), logs / f"{row.name}.log")
@@ -162,7 +163,6 @@ def run_all(options: argparse.Namespace, environment: dict[str, str], logs: Path
             print(textwrap.indent("\n".join(line[:300] for line in lines), "    "), flush=True)
         if row.name == "machine":
             options.ceilings = ceilings(outcome)
-    return outcomes
 
 
 def ceilings(outcome: Outcome) -> list[float]:
@@ -197,9 +197,11 @@ def child_environment(folder: Path, wheels: Path | None) -> dict[str, str]:
     if wheels is not None:
         found = sorted(str(wheel) for wheel in wheels.glob("*.whl"))
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
-        subprocess.run([*command, "--target", str(folder / "wheels"), *found], check=True)
+        done = subprocess.run([*command, "--target", str(folder / "wheels"), *found], check=False)
+        if done.returncode:
+            print(f"pip did not install the wheels in {wheels}: rows that need them are left out")
         path.append(str(folder / "wheels"))
-        sys.path.append(str(folder / "wheels"))
+        sys.path.insert(0, str(folder / "wheels"))
         importlib.invalidate_caches()
     path += os.environ.get("PYTHONPATH", "").split(os.pathsep)
     changes = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -212,9 +214,7 @@ def measure(options: argparse.Namespace) -> int:
     from gpu_rows.scale import Scale, Tell
 
     bytes_per_s, operations_per_s = map(float, options.ceilings.split(",")) if options.ceilings else (None, None)
-    scale = Scale(
-        device=options.device, tiny=options.tiny, bytes_per_s=bytes_per_s, operations_per_s=operations_per_s
-    )
+    scale = Scale(device=options.device, tiny=options.tiny, bytes_per_s=bytes_per_s, operations_per_s=operations_per_s)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open is closed
     row = next(row for row in ROWS if row.name == options.row)
     module, _, name = row.function.partition(":")
@@ -253,14 +253,17 @@ def main() -> int:
         return 0
     if options.row:
         return measure(options)
+    deadline = time.monotonic() + 60 * options.minutes - RESERVE_S
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="gpu-bench-") as name:
         folder = Path(name)
-        outcomes: list[Outcome] = []
         try:
-            outcomes = run_all(options, child_environment(folder, options.wheels), folder)
-        finally:
-            if options.keep is not None:
-                keep(options.keep, folder, outcomes)
+            run_all(options, child_environment(folder, options.wheels), folder, outcomes, deadline)
+        except KeyboardInterrupt:
+            print("broken off; what is known follows")
+        if options.keep is not None:
+            keep(options.keep, folder, outcomes)
     names = [f["numbers"]["name"] for o in outcomes for f in o.findings if (o.row, f["what"]) == ("machine", "gpu")]
     gpu = names[0] if names else "no GPU"
     print(f"\n{table(outcomes)}\n\n{gpu}; {machine()}")

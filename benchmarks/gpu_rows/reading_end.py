@@ -56,9 +56,7 @@ def serve(wire: Wire, device: str) -> None:
                 if device == "cuda":
                     torch.cuda.synchronize()
                 load_s = time.perf_counter() - start
-                wire.send(
-                    BucketLoaded(run_id=run_id, version=version, bucket=bucket, checksum=found, load_s=load_s)
-                )
+                wire.send(BucketLoaded(run_id=run_id, version=version, bucket=bucket, checksum=found, load_s=load_s))
     wire.send(Record(run_id=run_id, kind="note", body=json.dumps({"fingerprint": fingerprint(weights)})))
 
 

@@ -28,9 +28,7 @@ class Work:
 
     @classmethod
     def of(cls, scale: Scale, num_prompts: int, prompt_tokens: int) -> Work:
-        return cls(
-            shape=scale.shape, num_prompts=num_prompts, prompt_tokens=prompt_tokens, new_tokens=scale.new_tokens
-        )
+        return cls(shape=scale.shape, num_prompts=num_prompts, prompt_tokens=prompt_tokens, new_tokens=scale.new_tokens)
 
     @property
     def layer_parameters(self) -> int:

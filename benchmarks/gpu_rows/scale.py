@@ -108,6 +108,14 @@ class Scale:
         with self.place():
             return auto_class.from_config(config, dtype=self.dtype())
 
+    def parameter_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config())
+        return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+
     def tokens(self, rng: np.random.Generator, length: int) -> npt.NDArray[np.int32]:
         return rng.integers(FIRST_WORD, self.vocab_size, length).astype(np.int32)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from gpu_rows.scale import Scale, Tell, memory_bytes
 from gpu_rows.step import save_networks
-
 from oatlite.engine import EngineOptions
 from oatlite.engine.options import engine_arguments, prepare_environment
 

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from one_actor import startable_actor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
 from gpu_rows.plain_trainer import PlainTrainer
 from gpu_rows.roofline import Work, roofline
 from gpu_rows.scale import PAD, Scale, Tell, text_of, word_tokenizer
 from gpu_rows.timing import seconds
-from one_actor import startable_actor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
 from oatlite.algorithms import build_algorithm
 from oatlite.config.schema import Config
 from oatlite.data import PromptSet
@@ -66,6 +66,8 @@ def save_networks(scale: Scale, folder: Path) -> Folders:
     for name, (auto_class, config) in kinds.items():
         scale.network(auto_class, config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    if scale.on_gpu:
+        torch.cuda.empty_cache()
     return Folders(folder / "policy", folder / "reward")
 
 
@@ -73,9 +75,7 @@ def random_prompts(scale: Scale, count: int) -> PromptSet:
     rng = np.random.default_rng(0)
     tokens = [scale.tokens(rng, scale.prompt_tokens) for _ in range(count)]
     texts = [text_of(one) for one in tokens]
-    return PromptSet(
-        texts=texts, raw_texts=texts, tokens=tokens, references=None, rows=np.arange(count), num_dropped=0
-    )
+    return PromptSet(texts=texts, raw_texts=texts, tokens=tokens, references=None, rows=np.arange(count), num_dropped=0)
 
 
 def settings(scale: Scale, folders: Folders) -> Config:
@@ -189,8 +189,7 @@ def _steps(scale: Scale, tell: Tell, module: str, sampler: str) -> None:
         folder = Path(name)
         folders = save_networks(scale, folder)
         config = settings(scale, folders)
-        published = all_parameters(load_policy(config.model.path or "", scale.dtype()))
-        buckets = plan_layout([(n, p.shape) for n, p in published.items()], scale.dtype(), BUCKET_BYTES)
+        buckets = plan_layout(scale.parameter_shapes(), scale.dtype(), BUCKET_BYTES)
         more = {"model": {"dtype": scale.dtype_name}, "oracle": {"dtype": scale.dtype_name}}
         tell("sampler", sampler)
         with startable_actor(
@@ -207,10 +206,10 @@ def _steps(scale: Scale, tell: Tell, module: str, sampler: str) -> None:
         ) as (pool, start):
             worker = start()
             with watched(worker):
-                model, trainer = start_trainer(scale, tell, config, folder)
                 before = time.perf_counter()
-                pool.wait_until_ready()
-                tell("actor", f"ready {time.perf_counter() - before:.1f} s after the learner")
+                pool.wait_until_ready()  # before the learner takes memory, of which vLLM measures what is free
+                tell("actor", f"ready after {time.perf_counter() - before:.1f} s")
+                model, trainer = start_trainer(scale, tell, config, folder)
                 _run(scale, tell, config, pool, model, trainer)
                 pool.stop()
                 worker.wait(10.0)
@@ -241,6 +240,9 @@ def _run(scale: Scale, tell: Tell, config: Config, pool: ActorPool, model: PairM
         shows=Silent(),
         measure=dict,
     ).run()
+    if scale.on_gpu:
+        peak = torch.cuda.max_memory_allocated()
+        tell("learner's memory", f"{peak / 2**30:.1f} GiB at most", peak_bytes=peak)
     records: list[Any] = [record for record in journal.of("step") if record["step"] > WARM_UP]
     assert kept.last is not None
     pairs = kept.last.pairs

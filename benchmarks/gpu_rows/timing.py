@@ -23,6 +23,15 @@ def seconds(scale: Scale, work: Callable[[], Any], *, repeats: int = 5, warm_ups
     return statistics.median(found)
 
 
+def copy_seconds(scale: Scale, num_bytes: int) -> float:
+    """Of a plain copy of so many bytes from one place of the device to another."""
+    import torch
+
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=scale.place())
+    target = torch.empty_like(source)
+    return seconds(scale, lambda: target.copy_(source), repeats=15)
+
+
 def peak_bytes(scale: Scale, work: Callable[[], Any]) -> int | None:
     """The most that one call held on the GPU beyond what was held before; None on a CPU, where nothing counts it."""
     if not scale.on_gpu:

@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
 from gpu_rows.reading_end import fingerprint
 from gpu_rows.scale import Scale, Tell, memory_bytes
-from gpu_rows.timing import seconds
+from gpu_rows.timing import copy_seconds
 from gpu_rows.wire import Wire
-from transformers import AutoModelForCausalLM
-
 from oatlite.errors import ConfigError, WorkerDied
 from oatlite.messages import BucketLoaded, BucketReady, Hello, Record, Stop
 from oatlite.weights import CudaIpcBuffer, WeightExporter, create_buffer, plan_layout
@@ -49,10 +49,9 @@ def reading_end(scale: Scale) -> Iterator[tuple[Wire, int]]:
 
 
 def random_weights(scale: Scale) -> dict[str, torch.Tensor]:
-    with torch.device("meta"):
-        shapes = {n: p.shape for n, p in AutoModelForCausalLM.from_config(scale.config()).named_parameters()}
     torch.manual_seed(0)
-    return {n: torch.randn(shape, device=scale.place(), dtype=scale.dtype()) for n, shape in shapes.items()}
+    placed: dict[str, Any] = {"device": scale.place(), "dtype": scale.dtype()}
+    return {name: torch.randn(shape, **placed) for name, shape in scale.parameter_shapes()}
 
 
 class Sender:
@@ -98,18 +97,13 @@ class Sender:
 def weight_sync(scale: Scale, tell: Tell) -> None:
     weights = random_weights(scale)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    flat = torch.ones(num_bytes, dtype=torch.uint8, device=scale.place())
-    target = torch.empty_like(flat)
-    copy_s = seconds(scale, lambda: target.copy_(flat), repeats=20)
-    del flat, target
+    copy_s = copy_seconds(scale, num_bytes)
     tell("plain copy", f"{num_bytes / 1e9:.3f} GB in {1e3 * copy_s:.2f} ms", copy_s=copy_s, num_bytes=num_bytes)
-    whole_mib = (num_bytes >> 20) + 64
-    for bucket_mib in (1, 1024) if scale.tiny else (256, whole_mib):
-        _timed_syncs(scale, tell, weights, bucket_mib, copy_s)
+    for bucket_bytes in (60_000 if scale.tiny else 256 << 20, num_bytes + (64 << 20)):
+        _timed_syncs(scale, tell, weights, bucket_bytes, copy_s)
 
 
-def _timed_syncs(scale: Scale, tell: Tell, weights: dict[str, torch.Tensor], bucket_mib: int, copy_s: float) -> None:
-    bucket_bytes = 60_000 if scale.tiny and bucket_mib == 1 else bucket_mib << 20
+def _timed_syncs(scale: Scale, tell: Tell, weights: dict[str, torch.Tensor], bucket_bytes: int, copy_s: float) -> None:
     layout = plan_layout([(n, tuple(w.shape)) for n, w in weights.items()], scale.dtype(), bucket_bytes)
     exporter = WeightExporter(layout, create_buffer(scale.transport, layout.buffer_bytes, RUN, scale.place()))
     totals, loads, held = [], [], []
