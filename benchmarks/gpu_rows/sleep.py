@@ -38,7 +38,8 @@ def sleep_and_wake(scale: Scale, tell: Tell) -> None:
         except ValueError as error:
             if scale.on_gpu:
                 raise
-            tell("sleep mode", f"not on a CPU: {str(error).splitlines()[-1].strip()[:120]}")
+            words = next(line.strip() for line in str(error).splitlines() if "sleep" in line.lower())
+            tell("sleep mode", f"not on a CPU: {words[:160]}")
             return
         tell("start", f"{time.perf_counter() - start:.1f} s")
         _cycles(scale, tell, llm)

@@ -58,8 +58,8 @@ def _run(scale: Scale, tell: Tell, folder: Path, folders: Folders, name: str, *m
     said = ", ".join(f"{stage.removesuffix('_s')} {value:.3f}" for stage, value in times.items())
     is_met = None if scale.tiny or more else times["sync_s"] <= MOST_SYNC_S
     tell(name, f"{said} s", is_met=is_met, seconds=times)
-    mean, largest = (steps[-1][key] for key in ("mismatch_mean", "mismatch_max"))
-    tell(f"{name}, mismatch", f"{mean:.2e} on average, at most {largest:.2e}", mean=mean, largest=largest)
+    apart = {key: steps[-1][key] for key in ("mismatch_mean", "mismatch_max", "drift", "staleness") if key in steps[-1]}
+    tell(f"{name}, last step", ", ".join(f"{key} {value:.2g}" for key, value in apart.items()), **apart)
     return times["step_s"]
 
 
