@@ -26,6 +26,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import tomllib
 import traceback
 import zipfile
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ from report import machine, save  # noqa: E402
 
 END_GRACE_S = 12.0
 RESERVE_S = 20.0
+POLL_S = 0.2
 TAIL_LINES = 25
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 MODULE_OF = {"pyzmq": "zmq"}
@@ -78,7 +80,7 @@ ROWS = (
     ),
     Row(name="log-probabilities", function="forward:log_probabilities", limit_s=60, needs=HUGGING_FACE),
     Row(name="tests", function="checks:gpu_tests", limit_s=120, needs=(*HUGGING_FACE, "pytest")),
-    Row(name="doctor", function="checks:doctor", limit_s=60, needs=("torch", "pyzmq")),
+    Row(name="doctor", function="checks:doctor", limit_s=60, needs=("torch", "pydantic", "pyzmq")),
     Row(name="train", function="train:train", limit_s=300, least_s=60, needs=(*VLLM, "deepspeed", "datasets")),
 )
 
@@ -126,11 +128,23 @@ def run_row(row: Row, options: argparse.Namespace, environment: dict[str, str], 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """First politely, so that what owns shared memory or other processes can clear up."""
-    for number, grace_s in ((signal.SIGTERM, END_GRACE_S), (signal.SIGKILL, 2.0)):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(grace_s)
+    for number, grace_s in ((signal.SIGTERM, END_GRACE_S), (signal.SIGKILL, END_GRACE_S)):
+        deadline = time.monotonic() + grace_s
+        while running(process) and time.monotonic() < deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            time.sleep(POLL_S)
+
+
+def running(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it, or another process of its group, has not ended."""
+    process.poll()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == process.pid and state != "Z":
+                return True
+    return False
 
 
 def last_words(log: Path) -> str:
@@ -194,6 +208,7 @@ def child_environment(folder: Path, wheels: Path | None) -> dict[str, str]:
     An allocator that somebody has set up is put aside: rows choose their own.
     """
     (folder / "oatlite_cli").symlink_to(ROOT / "cli")
+    describe(folder)
     path = [str(ROOT), str(HERE), str(folder)]
     if wheels is not None:
         unpack(wheels, folder / "wheels")
@@ -204,6 +219,19 @@ def child_environment(folder: Path, wheels: Path | None) -> dict[str, str]:
     changes = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {k: v for k, v in os.environ.items() if k not in ALLOCATOR} | changes | offline
+
+
+def describe(folder: Path) -> None:
+    """Put what an installation would know of itself on the path: what oatlite needs, which it looks up."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = list(project["dependencies"])
+    needs += [f'{need}; extra == "{extra}"' for extra, of in project["optional-dependencies"].items() for need in of]
+    lines = ["Metadata-Version: 2.1", f"Name: {project['name']}", f"Version: {project['version']}"]
+    lines += [f"Provides-Extra: {extra}" for extra in project["optional-dependencies"]]
+    lines += [f"Requires-Dist: {need}" for need in needs]
+    target = folder / f"{project['name']}-{project['version']}.dist-info"
+    target.mkdir()
+    (target / "METADATA").write_text("\n".join(lines) + "\n")
 
 
 def unpack(wheels: Path, target: Path) -> None:
@@ -277,7 +305,10 @@ def main() -> int:
     if options.tiny:
         print("a rehearsal: its figures mean nothing, and are not kept")
     elif names:
-        print(save(f"gpu-{gpu.lower().replace(' ', '-')}", gpu=gpu, rows=as_json(outcomes)))
+        saved = save(f"gpu-{gpu.lower().replace(' ', '-')}", gpu=gpu, rows=as_json(outcomes))
+        print(saved)
+        if options.keep is not None:
+            shutil.copy(saved, options.keep)
     missed = [f"{o.row}: {f['what']}" for o in outcomes for f in o.findings if f["is_met"] is False]
     failed = [o.row for o in outcomes if o.status in ("failed", "out of time")]
     left_out = [o.row for o in outcomes if o.status == "left out"]

