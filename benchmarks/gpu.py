@@ -129,10 +129,12 @@ def run_row(row: Row, options: argparse.Namespace, environment: dict[str, str], 
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """First politely, so that what owns shared memory or other processes can clear up."""
     for number, grace_s in ((signal.SIGTERM, END_GRACE_S), (signal.SIGKILL, END_GRACE_S)):
+        if not running(process):
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
         deadline = time.monotonic() + grace_s
         while running(process) and time.monotonic() < deadline:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
             time.sleep(POLL_S)
 
 
