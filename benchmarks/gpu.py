@@ -229,6 +229,7 @@ def describe(folder: Path) -> None:
     needs = list(project["dependencies"])
     needs += [f'{need}; extra == "{extra}"' for extra, of in project["optional-dependencies"].items() for need in of]
     lines = ["Metadata-Version: 2.1", f"Name: {project['name']}", f"Version: {project['version']}"]
+    lines.append(f"Requires-Python: {project['requires-python']}")
     lines += [f"Provides-Extra: {extra}" for extra in project["optional-dependencies"]]
     lines += [f"Requires-Dist: {need}" for need in needs]
     target = folder / f"{project['name']}-{project['version']}.dist-info"

@@ -39,7 +39,7 @@ def sleep_and_wake(scale: Scale, tell: Tell) -> None:
             if scale.on_gpu:
                 raise
             words = next(line.strip() for line in str(error).splitlines() if "sleep" in line.lower())
-            tell("sleep mode", f"not on a CPU: {words[:160]}")
+            tell("sleep mode", f"not on a CPU: {words.partition(' [type=')[0]}")
             return
         tell("start", f"{time.perf_counter() - start:.1f} s")
         _cycles(scale, tell, llm)

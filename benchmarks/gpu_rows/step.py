@@ -47,6 +47,7 @@ from oatlite.workers.update import Layout, Updater
 NUM_STEPS, WARM_UP = 5, 2
 BUCKET_BYTES = 256 << 20
 RANKS_S = 120.0
+END_S = 10.0
 POLL_S = 0.5
 
 
@@ -211,8 +212,8 @@ def _steps(scale: Scale, tell: Tell, module: str, sampler: str) -> None:
                 tell("actor", f"ready after {time.perf_counter() - before:.1f} s")
                 model, trainer = start_trainer(scale, tell, config, folder)
                 _run(scale, tell, config, pool, model, trainer)
-                pool.stop()
-                worker.wait(10.0)
+            pool.stop()
+            worker.wait(END_S)
         trainer.close()
 
 

@@ -53,7 +53,7 @@ def found(row: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_all_but_what_wants_vllm_runs_on_a_cpu(tmp_path: Path) -> None:
-    names = ("machine", "weight-sync", "pair-forward", "step", "expandable-segments", "log-probabilities")
+    names = ("machine", "weight-sync", "pair-forward", "step", "expandable-segments", "log-probabilities", "doctor")
     code, output, rows = rehearse(tmp_path, "--device", "cpu", "--rows", ",".join(names), hidden="deepspeed")
     assert code == 0, output
     assert [(name, rows[name]["status"]) for name in names] == [(name, "done") for name in names]
