@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,10 +30,14 @@ def one_actor(
     max_model_len: int = 64,
     lora: dict[str, Any] | None = None,
     more: dict[str, dict[str, Any]] | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    module: str = "oatlite.workers",
 ) -> Iterator[ActorPool]:
-    """An actor in float32 on CPU, ready to be synced; its log is ``logs/actor.log``. ``more`` are sections of its
-    configuration."""
-    options = {"max_model_len": max_model_len, "lora": lora, "more": more}
+    """An actor, in float32 on CPU if nothing else is said, ready to be synced; its log is ``logs/actor.log``.
+
+    ``more`` are sections of its configuration, ``module`` is what runs it. On a GPU weights go by CUDA IPC.
+    """
+    options = {"max_model_len": max_model_len, "lora": lora, "more": more, "device": device, "module": module}
     with startable_actor(policy, reward_model, layout, vocab_size, logs, **options) as (pool, start):
         start()
         pool.wait_until_ready()
@@ -52,6 +56,8 @@ def startable_actor(
     max_model_len: int,
     lora: dict[str, Any] | None,
     more: dict[str, dict[str, Any]] | None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    module: str = "oatlite.workers",
 ) -> Iterator[tuple[ActorPool, Callable[[], Worker]]]:
     """As :func:`one_actor`, with what starts the actor, or another one in its place."""
     settings: dict[str, dict[str, Any]] = {
@@ -68,7 +74,7 @@ def startable_actor(
             index=0,
             run_dir=logs,
             private_dir=launcher.private_dir,
-            device="cpu",
+            device=device,
             threads=len(os.sched_getaffinity(0)),
             longest_prompt=max_model_len - 1,
             longest_response=1,
@@ -77,12 +83,14 @@ def startable_actor(
             fingerprints={},
             config=Config.model_validate(settings),
         )
-        buffer = create_buffer("shm", layout.buffer_bytes, launcher.run_id, torch.device("cpu"))
+        buffer = create_buffer(
+            "shm" if device == "cpu" else "cuda_ipc", layout.buffer_bytes, launcher.run_id, torch.device(device)
+        )
         hub = Hub(address(launcher.private_dir, rollout_socket(0)), launcher.run_id)
         deadlines = Deadlines(start_s=300, generate_s=120, oracle_s=60, sync_s=300)
         pool = ActorPool(hub, [spec.role], launcher.run_id, deadlines, WeightExporter(layout, buffer), vocab_size)
         environment = os.environ | {"TMPDIR": str(launcher.private_dir), "OMP_WAIT_POLICY": "PASSIVE"}
-        command = [sys.executable, "-m", "oatlite.workers", str(spec.write())]
+        command = [sys.executable, "-m", module, str(spec.write())]
         yield (
             pool,
             lambda: launcher.start(command, environment, logs / "actor.log", end_signal=END_SIGNAL),
