@@ -19,6 +19,7 @@ import oatlite.workers.actor
 from oatlite.data import load_tokenizer
 from oatlite.engine import EngineOptions, Sample
 from oatlite.models import load_policy
+from oatlite.sampling import SamplingOptions
 from oatlite.weights import DTYPES
 from oatlite.workers.__main__ import main
 
@@ -40,7 +41,7 @@ class HuggingFaceEngine:
 
     def warm_up(self, prompt: Tokens) -> float:
         start = time.perf_counter()
-        self.generate([prompt] * 2, [0, 1], temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=2)
+        self.generate([prompt] * 2, [0, 1], SamplingOptions(temperature=1.0, max_new_tokens=2))
         return time.perf_counter() - start
 
     @torch.inference_mode()
@@ -48,11 +49,8 @@ class HuggingFaceEngine:
         self,
         prompts: Sequence[Tokens],
         seeds: Sequence[int],
+        sampling: SamplingOptions,
         *,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        max_new_tokens: int,
         samplers: Sequence[str] | None = None,
     ) -> list[Sample]:
         """As the engine's, with one seed for all: the first."""
@@ -66,11 +64,11 @@ class HuggingFaceEngine:
             input_ids=torch.from_numpy(ids).to(self._device),
             attention_mask=torch.from_numpy(mask).to(self._device),
             do_sample=True,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_new_tokens=max_new_tokens,
-            max_new_tokens=max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=sampling.max_new_tokens,
             use_cache=True,
             output_logits=True,
             return_dict_in_generate=True,

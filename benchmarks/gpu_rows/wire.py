@@ -8,7 +8,8 @@ import time
 from typing import BinaryIO
 
 from oatlite.errors import DeadlineExceeded, WorkerDied
-from oatlite.messages import Message, decode, encode
+from oatlite.messages import Message
+from oatlite.messages.codec import decode, encode
 
 
 class Wire:

@@ -100,8 +100,8 @@ def test_an_actor_samples_with_the_weights_that_it_was_sent(scale: Scale, family
     from small_folders import VOCAB_SIZE, save_model
 
     from oatlite.models import load_policy
+    from oatlite.sampling import SamplingOptions
     from oatlite.weights import plan_layout
-    from oatlite.workers.rollout import SamplingOptions
 
     policy = Path(save_model(tmp_path / "policy", family, seed=5, **SIZES))
     reward = Path(save_model(tmp_path / "reward", "llama", reward=True, **SIZES))
@@ -110,7 +110,7 @@ def test_an_actor_samples_with_the_weights_that_it_was_sent(scale: Scale, family
     layout = plan_layout([(n, tuple(p.shape)) for n, p in parameters.items()], scale.dtype(), 60_000)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, VOCAB_SIZE, size).astype(np.int32) for size in rng.integers(4, 40, 12)]
-    greedy = SamplingOptions(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
+    greedy = SamplingOptions(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
 
     @contextmanager
     def source(names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:

@@ -121,7 +121,8 @@ def test_a_buffer_within_a_larger_allocation_is_found_there(scale: Scale) -> Non
 def test_a_handle_of_a_gpu_that_is_not_here_is_refused(scale: Scale) -> None:
     import dataclasses
 
-    from oatlite.messages import CudaIpcHandle, MalformedMessage
+    from oatlite.messages import CudaIpcHandle
+    from oatlite.messages.fields import MalformedMessage
     from oatlite.weights import CudaIpcBuffer, open_buffer
 
     buffer = CudaIpcBuffer(1 << 20, scale.place())
