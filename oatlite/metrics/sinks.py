@@ -31,7 +31,7 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """One JSON object a line, on disk before :meth:`write` returns, in the record's own order of keys.
+    """One JSON object a line, with the system before :meth:`write` returns, in the record's own order of keys.
 
     Appends; half a line that a killed run left behind is cut off first. Raises :class:`StorageError` when the file
     cannot be opened or written.

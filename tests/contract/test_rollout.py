@@ -524,6 +524,7 @@ def test_an_actor_that_dies_over_a_comparison_gets_it_again(world):
     assert world.actors[0].life.kinds() == [*WELCOME, CompareRequest]
 
 
+@pytest.mark.fault("16")
 def test_a_second_answer_to_a_request_is_dropped_and_counted(world):
     def twice(number, message, answer):
         if isinstance(message, GenerateRequest):
@@ -719,6 +720,7 @@ def test_acknowledgements_of_something_else_do_not_count(world):
     assert world.hub.dropped == Counter(unexpected=4)
 
 
+@pytest.mark.fault("18")
 @pytest.mark.parametrize("bucket", range(NUM_BUCKETS))
 @pytest.mark.parametrize("answers_first", [False, True])
 def test_an_actor_that_restarts_in_the_middle_of_a_sync_ends_up_with_all_of_it(world, bucket, answers_first):

@@ -157,6 +157,7 @@ def test_close_lets_last_words_leave_when_it_is_given_time(endpoints):
 # --------------------------------------------------------------------------- what is dropped
 
 
+@pytest.mark.fault("16")
 def test_foreign_and_malformed_messages_are_counted_and_dropped_while_good_ones_pass(endpoints, caplog):
     hub, spoke, stranger = endpoints.hub(), endpoints.spoke(), endpoints.raw()
     greet(hub, spoke)
@@ -200,6 +201,7 @@ def test_a_frame_over_the_limit_ends_that_connection_and_no_other(endpoints, mon
     assert hub.dropped == {}  # it was never taken in
 
 
+@pytest.mark.fault("16")
 def test_an_oversized_message_is_refused_at_the_sender(endpoints):
     hub, spoke = endpoints.hub(), endpoints.spoke()
     greet(hub, spoke)

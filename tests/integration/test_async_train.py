@@ -41,6 +41,7 @@ def test_samples_are_one_version_old_and_say_so(strict: Run) -> None:
     assert leftovers(strict.folder) == []
 
 
+@pytest.mark.fault("1")
 def test_a_strict_run_is_the_same_when_an_actor_is_killed_in_it(strict: Run, llama: Inputs, tmp_path: Path) -> None:
     """The successor is brought to the version that its batch was asked of, while the learner is at work on another."""
     folder = tmp_path / "run"

@@ -188,6 +188,7 @@ def told_by(process: subprocess.Popen[str]) -> tuple[int, dict[str, dict[str, st
     return process.returncode, {finding["name"]: finding for finding in told["findings"]}
 
 
+@pytest.mark.fault("19")
 @pytest.mark.slow
 def test_the_dead_run_is_shown_and_cleaned_away_and_the_living_one_never(runs: Runs) -> None:
     dead = runs.start_dead()

@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from live import CLEAN_S, EngineMode, Stopwatch, live
 from runs import Inputs, Run, command
 
@@ -13,6 +14,7 @@ NOTICED_S = 10.0
 SILENCE_S = 30  # a healthy worker that loads torch on a busy machine says nothing for some seconds
 
 
+@pytest.mark.fault("1", "2", "3")
 def test_an_actor_that_is_stopped_fails_and_is_killed_is_replaced_each_time_and_the_run_is_the_same(
     one_by_one: Run, llama: Inputs, tmp_path: Path
 ) -> None:
@@ -53,6 +55,7 @@ def test_an_actor_that_is_stopped_fails_and_is_killed_is_replaced_each_time_and_
     assert (folder / "samples.jsonl").read_text() == (one_by_one.folder / "samples.jsonl").read_text()
 
 
+@pytest.mark.fault("1")
 def test_an_actor_that_dies_again_and_again_ends_the_run(llama: Inputs, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with live(command(llama, folder), folder) as run:

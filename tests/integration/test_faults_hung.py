@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from live import CLEAN_S, Stopwatch, live
 from runs import Inputs, command
 
@@ -25,6 +26,7 @@ class Stuck(SimPO):
 LEARN_S = 20
 
 
+@pytest.mark.fault("3b")
 def test_a_learner_that_hangs_ends_the_run_with_its_stacks(llama: Inputs, tmp_path: Path) -> None:
     (tmp_path / "stuck.py").write_text(STUCK)
     folder = tmp_path / "run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
 from live import CLEAN_S, EngineMode, Live, Stopwatch, live, wait_until
 from runs import OATLITE, TWO_BY_TWO, Inputs, Run, command
 
@@ -17,6 +18,7 @@ def go_on(run: Path, *more: str) -> list[str]:
     return [str(OATLITE), "resume", str(run), *more]
 
 
+@pytest.mark.fault("3b", "4", "18")
 def test_a_rank_that_is_stopped_and_one_that_is_killed_end_the_run_and_it_goes_on(
     two_by_two: Run, llama: Inputs, tmp_path: Path
 ) -> None:

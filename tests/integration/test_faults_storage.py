@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import pytest
 from live import CLEAN_S, EngineMode, Stopwatch, live, wait_until
 from namespace import small_filesystems
 from runs import OATLITE, Inputs, Run, command
@@ -16,6 +17,7 @@ MIB = 1 << 20
 START_S = 90.0  # Python's, with the libraries, on a busy machine
 
 
+@pytest.mark.fault("9", "11")
 def test_a_full_disk_keeps_the_checkpoints_before_and_a_damaged_one_gives_way_to_an_older_one_when_asked(
     one_by_one: Run, llama: Inputs, tmp_path: Path
 ) -> None:
@@ -71,6 +73,7 @@ def fill(path: Path, *, leave: int) -> None:
         os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - leave)
 
 
+@pytest.mark.fault("19")
 def test_a_full_dev_shm_ends_a_run_with_sizes_and_the_remedy(llama: Inputs, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with small_filesystems({Path("/dev/shm"): MIB // 4}) as namespace:

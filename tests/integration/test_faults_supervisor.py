@@ -19,6 +19,7 @@ STOP_S = 3
 LONG = ("--epochs", "200", "--eval-prompts", "0", "--save-every", "1")
 
 
+@pytest.mark.fault("5", "7", "10")
 def test_a_run_killed_in_a_save_leaves_nothing_and_goes_on_at_once_until_a_step_does_not_end(
     llama: Inputs, tmp_path: Path
 ) -> None:
@@ -69,6 +70,7 @@ def stop_in_a_save(learner: int, checkpoints: Path) -> None:
     raise AssertionError("no save was met in the middle")
 
 
+@pytest.mark.fault("8")
 @pytest.mark.parametrize(
     ("number", "code", "moment"),
     [
@@ -92,6 +94,7 @@ def test_a_signal_while_engines_start_leaves_no_orphan(
         assert "terminated, not saved" in last
 
 
+@pytest.mark.fault("5")
 def test_workers_whose_supervisor_and_reaper_were_both_killed_end_by_themselves(llama: Inputs, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with live(command(llama, folder), folder) as run:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import SIZES
 from greedy import decided_tokens
@@ -26,6 +27,7 @@ PROMPTS = [np.arange(3 + i, 12 + 2 * i, dtype=np.int32) for i in range(6)]
 BUCKET_BYTES = 60_000
 
 
+@pytest.mark.fault("18")
 def test_an_actor_killed_in_the_middle_of_an_update_is_replaced_by_one_of_the_new_version(
     llama: Inputs, tmp_path: Path
 ) -> None:

@@ -183,6 +183,7 @@ def test_the_full_loop_trains_against_a_judge(
     assert files_with("tiny-judge", run.folder / "wandb"), "that is where the configuration goes"
 
 
+@pytest.mark.fault("15")
 def test_a_key_that_is_refused_ends_the_run_at_once_in_its_middle_too(
     llama: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

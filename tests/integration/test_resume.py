@@ -125,6 +125,7 @@ def copied(run: Path, to: Path) -> Path:
     return to
 
 
+@pytest.mark.fault("10", "13")
 def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Path, killed: Path, tmp_path: Path) -> None:
     run = copied(killed, tmp_path / "run")
     (run / "checkpoints" / ".writing-step-000008").mkdir()
@@ -139,6 +140,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Path, killed: Path, 
     assert "is finished" in again.output
 
 
+@pytest.mark.fault("13")
 @pytest.mark.parametrize(
     "case", [TWO_RANKS, ADAPTER, OFFLINE, EXPLORED], ids=["two ranks", "adapter", "offline", "explored"]
 )
@@ -151,6 +153,7 @@ def test_ranks_go_on_as_if_nothing_had_been(case: tuple[str, ...], llama: Inputs
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.fault("7")
 def test_sigterm_to_every_process_finishes_the_step_and_saves_it(llama: Inputs, tmp_path: Path) -> None:
     """As a batch system sends it; to the supervisor alone it comes to the same."""
     run = tmp_path / "terminated"
@@ -180,6 +183,7 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> s
     return shown.err
 
 
+@pytest.mark.fault("12")
 @pytest.mark.parametrize(
     ("sets", "words"),
     [
@@ -208,6 +212,7 @@ def with_policy_of_its_own(killed: Path, llama: Inputs, folder: Path) -> tuple[P
     return run, policy
 
 
+@pytest.mark.fault("12")
 def test_other_weights_of_the_same_shape_are_refused(
     killed: Path, llama: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +226,7 @@ def test_other_weights_of_the_same_shape_are_refused(
     assert "the model is another one" not in line and "the reward model is another one" not in line
 
 
+@pytest.mark.fault("12")
 def test_another_model_is_refused_before_anything_starts(
     killed: Path, llama: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,6 +238,7 @@ def test_another_model_is_refused_before_anything_starts(
     assert {path: path.stat().st_mtime_ns for path in (run / "logs").iterdir()} == logs, "no worker was started"
 
 
+@pytest.mark.fault("12")
 def test_another_tokenizer_is_refused(
     killed: Path, llama: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +252,7 @@ def test_another_tokenizer_is_refused(
     assert "the model is another one" not in line
 
 
+@pytest.mark.fault("11")
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_checkpoint_is_named_and_not_used(
     damage: str, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -239,6 +239,7 @@ def train_remote(llama: Inputs, folder: Path, *more: str) -> Run:
     return train(Inputs(llama.policy, Path("remote"), llama.prompts, llama.preferences), folder, *more)
 
 
+@pytest.mark.fault("14")
 @pytest.mark.parametrize(
     ("turn", "words"), [("nan", "gives an answer that cannot be used"), ("silent", "gave no answer within")]
 )

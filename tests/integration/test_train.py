@@ -157,6 +157,7 @@ def test_an_algorithm_of_a_users_own_judged_by_pairrm(llama: Inputs, tmp_path: P
     assert 0 < run.records("eval")[-1]["win_probability"] < 1
 
 
+@pytest.mark.fault("6", "8")
 @pytest.mark.parametrize(("stage", "times", "end_s"), [("starting", 1, 30), ("generate", 1, 30), ("learn: step", 2, 5)])
 def test_ctrl_c_leaves_nothing(stage: str, times: int, end_s: float, llama: Inputs, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -186,6 +187,7 @@ def _wait_for_stage(process: subprocess.Popen[str], stage: str) -> str:
     raise AssertionError(f"no stage {stage} in:\n{seen}")
 
 
+@pytest.mark.fault("7")
 def test_sigterm_ends_with_143(llama: Inputs, tmp_path: Path) -> None:
     process = start(llama, tmp_path / "term", "--epochs", "200")
     try:
@@ -198,6 +200,7 @@ def test_sigterm_ends_with_143(llama: Inputs, tmp_path: Path) -> None:
     assert leftovers(tmp_path / "term") == []
 
 
+@pytest.mark.fault("4")
 def test_a_killed_learner_ends_the_run_with_its_name(llama: Inputs, tmp_path: Path) -> None:
     process = start(llama, tmp_path / "learner", "--epochs", "200")
     try:

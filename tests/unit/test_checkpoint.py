@@ -58,6 +58,7 @@ DYING_SAVES = """
 """
 
 
+@pytest.mark.fault("10")
 @pytest.mark.parametrize("second", [2, 1], ids=["the next step", "the same step again"])
 def test_a_save_that_is_killed_at_any_stage_leaves_a_complete_checkpoint(second: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(DYING_SAVES), str(tmp_path), str(second)]
@@ -115,6 +116,7 @@ def test_a_manifest_that_cannot_be_read_is_named_and_an_older_checkpoint_is_take
     assert steps_of(root) == [2, 1]
 
 
+@pytest.mark.fault("11")
 def test_no_bit_of_a_manifest_can_be_turned_without_being_noticed(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, 12)
     writer.begin()
@@ -169,6 +171,7 @@ FULL_DISK = """
 """
 
 
+@pytest.mark.fault("9")
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_what_is_needed_and_free(tmp_path: Path) -> None:
     """A real tmpfs of 3 MiB, in a mount namespace of its own."""
     command = f'mount -t tmpfs -o size=3m none {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
@@ -205,6 +208,7 @@ FULL_FOR_A_MODEL = """
 """
 
 
+@pytest.mark.fault("9")
 def test_a_disk_that_is_too_full_for_the_model_is_told_and_keeps_nothing_of_it(tmp_path: Path) -> None:
     command = f'mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
     unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c"]

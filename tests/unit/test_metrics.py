@@ -179,6 +179,7 @@ def test_wandb_gets_every_record(fake_wandb: Path, monkeypatch: pytest.MonkeyPat
     ]
 
 
+@pytest.mark.fault("20")
 @pytest.mark.parametrize(
     ("behaviour", "close_s", "words"), [("hangs", 1, "within 1 s"), ("fails", 30, "no way"), ("refuses", 30, "offline")]
 )

@@ -418,6 +418,7 @@ FULL_DISK = """
 """
 
 
+@pytest.mark.fault("19")
 def test_on_a_small_disk_the_second_buffer_is_refused_and_the_first_is_whole(tmp_path):
     """A real tmpfs of 1.5 MiB, in a mount namespace of its own."""
     command = f'mount -t tmpfs -o size=1536k none {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
