@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import oatlite
-from oatlite.errors import EXIT_INTERRUPTED, OatliteError
+from oatlite.errors import EXIT_INTERRUPTED, OatliteError, as_storage_error
 
 Command = Callable[..., Any]
 
@@ -132,6 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(_usage(error), 2)
     except OatliteError as error:
         return _fail(str(error), error.exit_code)
+    except OSError as error:
+        full = as_storage_error(error)
+        if full is None:
+            raise
+        return _fail(str(full), full.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED)
     if code == EXIT_INTERRUPTED:  # so Typer takes Ctrl-C, without a word

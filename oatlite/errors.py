@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class OatliteError(Exception):
     """A failure that a person can act on.
@@ -63,3 +65,14 @@ BY_EXIT_CODE: dict[int, type[OatliteError]] = {
     cls.exit_code: cls
     for cls in (ConfigError, WorkerDied, CheckpointError, StorageError, OracleError, DeadlineExceeded)
 }
+
+
+def as_storage_error(error: BaseException) -> StorageError | None:
+    """What an error comes to that was raised over a full disk; ``None`` for any other."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f"cannot write {cause.filename}: " if cause.filename else ""
+            return StorageError(f"{where}{cause.strerror}", "free space on that disk")
+        cause = cause.__cause__ or cause.__context__
+    return None

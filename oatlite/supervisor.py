@@ -25,6 +25,7 @@ from oatlite.errors import (
     DeadlineExceeded,
     OatliteError,
     WorkerDied,
+    as_storage_error,
 )
 from oatlite.hardware import usable_cores
 from oatlite.launcher import LocalLauncher, Worker
@@ -104,9 +105,12 @@ def train(config: Config, checkpoint: Checkpoint | None = None) -> int:
         resume_from = checkpoint.folder.resolve() if checkpoint is not None else None
         try:
             Supervisor(effective, plan, run_dir, launcher, console, resume_from).run()
-        except OatliteError as error:
-            error.fix = "; ".join(part for part in (error.fix, how_to_go_on(run_dir)) if part)
-            raise
+        except (OatliteError, OSError) as error:
+            known = error if isinstance(error, OatliteError) else as_storage_error(error)
+            if known is None:
+                raise
+            known.fix = "; ".join(part for part in (known.fix, how_to_go_on(run_dir)) if part)
+            raise known from error.__cause__
         console.close(summary(config, console.history.last_step, run_dir, time.monotonic() - started))
     return 0
 

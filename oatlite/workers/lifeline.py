@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from oatlite.errors import DeadlineExceeded, OatliteError
+from oatlite.errors import DeadlineExceeded, OatliteError, as_storage_error
 from oatlite.messages import Failure, Message, Record, Stage
 from oatlite.messages.fields import MalformedMessage
 from oatlite.transport import Spoke, address
@@ -87,8 +87,9 @@ class Lifeline:
 
     def fail(self, error: BaseException) -> int:
         """Send last words; returns the exit code that the process should end with."""
-        if isinstance(error, OatliteError):
-            code, message, fix = error.exit_code, error.message, error.fix
+        known = error if isinstance(error, OatliteError) else as_storage_error(error)
+        if known is not None:
+            code, message, fix = known.exit_code, known.message, known.fix
         else:
             code, message, fix = 3, f"{type(error).__name__}: {error}", ""
         message, fix = (text.encode(errors="replace").decode() for text in (message, fix))  # of a path that is no text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import tomllib
@@ -125,6 +126,13 @@ def test_failures_have_their_exit_codes(
     assert main(["train"]) == 130
     monkeypatch.setattr(supervisor, "train", lambda config: 143)
     assert main(["train"]) == 143
+    monkeypatch.setattr(supervisor, "train", fail(OSError(errno.ENOSPC, "No space left on device", "/tmp/x")))
+    assert main(["train"]) == 5
+    told = "oatlite: error: cannot write /tmp/x: No space left on device; free space on that disk\n"
+    assert capsys.readouterr().err.endswith(told)
+    monkeypatch.setattr(supervisor, "train", fail(FileNotFoundError(errno.ENOENT, "a bug too", "/tmp/x")))
+    with pytest.raises(FileNotFoundError, match="a bug too"):
+        main(["train"])
     monkeypatch.setattr(supervisor, "train", fail(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         main(["train"])
