@@ -41,6 +41,7 @@ POLL_S = 0.2
 MAX_ACTOR_RESTARTS = 3
 STEPS_TO_FORGIVE = 20  # after so many steps since an actor's last restart, its restarts count from zero again
 STACK_DUMP_S = 2.0
+KILL_S = 30.0
 ACTOR_EXIT_S = 30.0
 LAST_WORDS_S = 0.5
 BOUNDED_STAGES = ("learn", "sync", "save", "saving")
@@ -271,7 +272,11 @@ class Supervisor:
         role.worker.signal(signal.SIGCONT)
         time.sleep(STACK_DUMP_S)
         role.worker.signal(signal.SIGKILL)
-        role.worker.wait(STACK_DUMP_S)
+        if not role.worker.wait(KILL_S):  # in a system call that does not return; its memory is still taken
+            pid = role.worker.pid
+            raise DeadlineExceeded(
+                f"{role.place.name} {why}, and process {pid} cannot be killed", f"cat /proc/{pid}/wchan"
+            )
         if self._may_restart(role):
             self._restart(role, why)
             return
@@ -347,15 +352,27 @@ class Supervisor:
 
 @contextmanager
 def _collected_signals(into: list[int]) -> Iterator[None]:
-    """Note SIGINT and SIGTERM instead of raising, so that they are acted upon between two steps of the watch.
+    """Note SIGINT, SIGTERM and SIGHUP instead of raising, so that they are acted upon between two steps of the watch.
 
-    Once there was one, the end has begun, and takes a bounded time that another one must not cut into.
+    Once there was one, the end has begun, and takes a bounded time that another one must not cut into. SIGHUP, of a
+    terminal that is gone, may come twice for one, and nothing can be written there from then on.
     """
+    terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def note(number: int, frame: FrameType | None) -> None:
         into.append(number)
 
+    def hang_up(number: int, frame: FrameType | None) -> None:
+        if number not in into:
+            into.append(number)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for terminal in terminals:
+                os.dup2(nowhere, terminal)
+            os.close(nowhere)
+
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
     try:
         yield
     finally:

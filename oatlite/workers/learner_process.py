@@ -288,11 +288,12 @@ def _connect(
         Hub(address(spec.private_dir, rollout_socket(spec.index)), spec.run_id),
         spec.actors_of(spec.index),
         spec.run_id,
+        # An actor that dies over a request has the time to start again.
         Deadlines(
             start_s=timeouts.start_s,
-            generate_s=timeouts.generate_s,
-            oracle_s=timeouts.oracle_s + ORACLE_SLACK_S,
-            sync_s=timeouts.sync_s,
+            generate_s=max(timeouts.generate_s, timeouts.start_s),
+            oracle_s=max(timeouts.oracle_s + ORACLE_SLACK_S, timeouts.start_s),
+            sync_s=max(timeouts.sync_s, timeouts.start_s),
         ),
         WeightExporter(layout, buffer),
         vocab_size,
