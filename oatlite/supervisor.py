@@ -112,7 +112,10 @@ def train(config: Config, checkpoint: Checkpoint | None = None) -> int:
                 raise
             known.fix = "; ".join(part for part in (known.fix, how_to_go_on(run_dir)) if part)
             raise known from error.__cause__
-        console.close(summary(config, console.history.last_step, run_dir, time.monotonic() - started))
+        last_step = console.history.last_step
+        if not last_step and checkpoint is not None:  # resumed after its last step, for the model alone
+            last_step = {"step": checkpoint.step, "queries": checkpoint.about["progress"]["num_queries"] or None}
+        console.close(summary(config, last_step, run_dir, time.monotonic() - started))
     return 0
 
 

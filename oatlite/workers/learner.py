@@ -66,6 +66,8 @@ class Learner:
         config = self._config
         if not self._progress.step:
             self.evaluate(0)
+        if self._is_spent():  # resumed after the last step
+            return True
         for step in range(self._progress.step + 1, self._num_steps + 1):
             clock = _Clock()
             rollouts = self._collect(step)
@@ -89,7 +91,8 @@ class Learner:
             is_stopping = not is_last and self._ranks.maximum(float(self._is_stop_asked())) > 0
             if is_stopping and self._ahead is not None:
                 self._give_up(self._ahead)
-            if self._keeper is not None and (is_stopping or step % config.checkpoint.save_every == 0):
+            is_due = is_stopping or is_last or step % config.checkpoint.save_every == 0
+            if self._keeper is not None and is_due:  # the last step too: the model may not find room
                 with self._shows.doing("save", f"step {step}"):
                     self._keeper.save(self._progress)
             if is_stopping:

@@ -133,11 +133,26 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Path, killed: Path, 
     assert done.exit_code == 0, done.output
     assert ".writing-step-000008 was not complete" in done.output
     assert "resuming after step 4" in done.output
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000008"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000009"]
     assert_equal_runs(whole, run)
     again = resume(run)
     assert again.exit_code == 2
     assert "is finished" in again.output
+
+
+@pytest.mark.fault("9")
+@pytest.mark.parametrize("more", [(), ("--max-queries", "100")], ids=["prompts", "queries"])
+def test_a_run_whose_model_was_not_saved_is_resumed_after_its_last_step(
+    more: tuple[str, ...], whole: Path, llama: Inputs, tmp_path: Path
+) -> None:
+    """Bounded by its prompts, or by its queries."""
+    if more:
+        whole = train(llama, tmp_path / "whole", *ONE_RANK, *COMMON, *more).folder
+    run = copied(whole, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    done = resume(run)
+    assert done.exit_code == 0, done.output
+    assert_equal_runs(whole, run)
 
 
 @pytest.mark.fault("13")
