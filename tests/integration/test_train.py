@@ -29,7 +29,7 @@ def test_a_run_ends_well_and_leaves_what_it_should(one_by_one: Run) -> None:
     assert [record["step"] for record in one_by_one.records("eval")] == [0, 2, 3]
     assert [record["policy_version"] for record in one_by_one.records("step")] == [0, 1, 2]
     assert sorted(path.name for path in one_by_one.folder.iterdir()) == [
-        *("config.toml", "eval", "logs", "metrics.jsonl", "model", "samples.jsonl")
+        *("checkpoints", "config.toml", "eval", "logs", "metrics.jsonl", "model", "samples.jsonl")
     ]
     assert sorted(path.name for path in (one_by_one.folder / "logs").iterdir()) == ["actor-0.log", "learner-0.log"]
     assert leftovers(one_by_one.folder) == []
