@@ -145,6 +145,19 @@ def test_a_run_without_a_checkpoint_is_started_again(tmp_path: Path) -> None:
     assert how_to_go_on(tmp_path).endswith(f"oatlite train --config {tmp_path / 'config.toml'}")
 
 
+def on_a_disk_of(size: str, folder: Path, script: str) -> str:
+    """What ``script`` prints with ``folder`` as its argument: a real tmpfs, in a mount namespace of its own."""
+    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    try:
+        subprocess.run([*unshare, f"mount -t tmpfs none {folder}"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine allows no tmpfs of our own")
+    command = f'mount -t tmpfs -o size={size} none {folder} && exec {sys.executable} -c "$0" {folder}'
+    done = subprocess.run([*unshare, command, textwrap.dedent(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 FULL_DISK = """
     import json, sys
     from pathlib import Path
@@ -173,16 +186,8 @@ FULL_DISK = """
 
 @pytest.mark.fault("9")
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_what_is_needed_and_free(tmp_path: Path) -> None:
-    """A real tmpfs of 3 MiB, in a mount namespace of its own."""
-    command = f'mount -t tmpfs -o size=3m none {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
-    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
-    try:
-        subprocess.run([*unshare, f"mount -t tmpfs none {tmp_path}"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this machine allows no tmpfs of our own")
-    done = subprocess.run([*unshare, command, textwrap.dedent(FULL_DISK)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    printed = on_a_disk_of("3m", tmp_path, FULL_DISK)
+    found = json.loads(printed)
     first, second = found["told"]
     assert found["step"] == 1
     assert "No space left on device; a checkpoint takes more than" in first
@@ -210,15 +215,8 @@ FULL_FOR_A_MODEL = """
 
 @pytest.mark.fault("9")
 def test_a_disk_that_is_too_full_for_the_model_is_told_and_keeps_nothing_of_it(tmp_path: Path) -> None:
-    command = f'mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
-    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
-    try:
-        subprocess.run([*unshare, f"mount -t tmpfs none {tmp_path}"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this machine allows no tmpfs of our own")
-    done = subprocess.run([*unshare, command, textwrap.dedent(FULL_FOR_A_MODEL)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"cannot write {tmp_path}/model: No space left on device; free space on that disk []\n"
+    printed = on_a_disk_of("1m", tmp_path, FULL_FOR_A_MODEL)
+    assert printed == f"cannot write {tmp_path}/model: No space left on device; free space on that disk []\n"
 
 
 def test_an_error_that_is_not_the_disks_comes_out_as_it_is(tmp_path: Path) -> None:
