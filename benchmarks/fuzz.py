@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from fuzz_frames import fault_of, frames_of, real_messages, spoiled
+from fuzz_preflight import small_demo
 from fuzz_settings import outcome, spoiled_settings
 from fuzz_sockets import Live, live, memory_bytes
 from report import machine, save
@@ -32,6 +33,7 @@ SLOWEST_S = 0.5
 GROWTH_BYTES = 16 << 20
 WARM_UP = 0.2
 SAMPLES = 100
+KNOWN = ("valid", "refused", "refused before a start")
 
 
 @dataclass(slots=True)
@@ -86,9 +88,9 @@ def reaches_outside(manifest: WeightManifest) -> bool:
 
 def fuzz_settings(generator: random.Random, num_settings: int) -> Counter[str]:
     found: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, small_demo(Path(name)) as paths:
         for _ in range(num_settings):
-            found[outcome(spoiled_settings(generator, Path(name)), Path(name))] += 1
+            found[outcome(spoiled_settings(generator, Path(name), paths), Path(name))] += 1
     return found
 
 
@@ -103,7 +105,7 @@ def growth(memory: list[int], num: int) -> tuple[float, int]:
 
 def faults(decoded: Decoded, lively: Live, settings: Counter[str]) -> list[str]:
     """Whatever does not keep the claim."""
-    found = [*decoded.faults, *lively.faults, *(what for what in settings if what not in ("valid", "refused"))]
+    found = [*decoded.faults, *lively.faults, *(what for what in settings if what not in KNOWN)]
     if decoded.slowest_s > SLOWEST_S:
         found.append(f"the decoder took {decoded.slowest_s:.1f} s over one message")
     if lively.answered != lively.asked:
@@ -138,7 +140,9 @@ def main() -> int:
     totals = [counter.total() for counter in (decoded.refused, decoded.same, decoded.valid)]
     print(f"{'decoder, all':<26} {totals[0]:>9} {totals[1]:>9} {totals[2]:>12}")
     print(f"{'live sockets':<26} {sum(lively.dropped.values()):>9} {'':>9} {lively.taken:>12}")
-    print(f"{'configurations':<26} {settings['refused']:>9} {'':>9} {settings['valid']:>12}")
+    num_refused = settings["refused"] + settings["refused before a start"]
+    print(f"{'configurations':<26} {num_refused:>9} {'':>9} {settings['valid']:>12}")
+    print(f"of those refused, {settings['refused before a start']} by what is read and asked before a run starts")
     print(f"real messages answered meanwhile: {lively.answered} of {lively.asked}")
     print(f"slowest decode {decoded.slowest_s * 1000:.1f} ms; {decoded.seconds / asked.frames * 1e6:.0f} us a frame")
     print(f"memory: {slopes['decoder']:.2f} bytes a frame in the decoder, {slopes['live']:.1f} in the live sockets")

@@ -55,6 +55,7 @@ def real_messages(generator: random.Random) -> list[Message]:
             "prompt_lengths": lengths,
             "seeds": numbers.integers(0, 2**63, num_prompts * num_samplers).astype(np.uint64),
             "samplers": ["policy"] * num_samplers,
+            "is_last_of_version": generator.random() < 0.5,
             "temperature": 0.7,
             "top_p": 0.95,
             "top_k": 0,
@@ -70,6 +71,8 @@ def real_messages(generator: random.Random) -> list[Message]:
             "is_finished": numbers.random(responses.size) < 0.5,
             "texts": [f"text {i}" for i in range(responses.size)],
             "generate_s": 0.5,
+            "sleep_s": 0.25,
+            "wake_s": 0.125,
         },
         "CompareRequest": {
             "batch_id": "7",

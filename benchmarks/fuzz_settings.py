@@ -1,4 +1,5 @@
-"""Configurations spoiled at random: each is refused in one line, or repeats itself through its own dump."""
+"""Configurations spoiled at random: each is refused in one line, or repeats itself through its own dump and passes what
+is checked before a run."""
 
 from __future__ import annotations
 
@@ -7,9 +8,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from fuzz_preflight import at_hand, preflight_outcome
+
 from oatlite.config.dump import dump_toml, toml_value
 from oatlite.config.keys import SECTIONS, fields_of
 from oatlite.config.load import load_config, preset_names, resolve
+from oatlite.demo.build import DemoPaths
 from oatlite.errors import ConfigError
 
 Tables = dict[str, Any]
@@ -87,6 +91,13 @@ def _spoil(generator: random.Random, tables: Tables) -> None:
             table[generator.choice(known)] = _value(generator)
 
 
+def _nudge(generator: random.Random, tables: Tables) -> None:
+    """Give one setting another value, such as a person may try."""
+    table = tables[generator.choice([name for name, table in tables.items() if table])]
+    key = generator.choice(list(table))
+    table[key] = _near(generator, table[key])
+
+
 def _toml(tables: Tables) -> str:
     loose = [f"{_key(name)} = {_shown(value)}" for name, value in tables.items() if not isinstance(value, dict)]
     lines = list(loose)
@@ -113,15 +124,20 @@ def _spoil_bytes(generator: random.Random, text: bytes) -> bytes:
     return bytes(data)
 
 
-def spoiled_settings(generator: random.Random, folder: Path) -> dict[str, Any]:
-    """Arguments of ``load_config``: a preset, a file made of one and spoiled, settings of the command line."""
+def spoiled_settings(generator: random.Random, folder: Path, paths: DemoPaths) -> dict[str, Any]:
+    """Arguments of ``load_config``: a preset, a file made of one and spoiled, settings of the command line. Half of the
+    presets work with what is at ``paths``, and most of those are spoiled less."""
     tables = _preset(generator.choice(preset_names()))
+    spoil = _spoil
+    if generator.random() < 0.5:
+        at_hand(tables, paths)
+        spoil = generator.choice((_nudge, _nudge, _spoil))
     tables["run"]["dir"] = str(folder / "runs")
     for _ in range(generator.choice((1, 1, 1, 2, 5))):
-        _spoil(generator, tables)
+        spoil(generator, tables)
     text = _toml(tables).encode()
     file = folder / "spoiled.toml"
-    file.write_bytes(_spoil_bytes(generator, text) if generator.random() < 0.2 else text)
+    file.write_bytes(_spoil_bytes(generator, text) if spoil is _spoil and generator.random() < 0.2 else text)
     sets = []
     if generator.random() < 0.3:
         section = generator.choice(SECTIONS)
@@ -134,7 +150,8 @@ def spoiled_settings(generator: random.Random, folder: Path) -> dict[str, Any]:
 
 
 def outcome(given: dict[str, Any], folder: Path) -> str:
-    """``valid``, ``refused``, or what is wrong with how it was handled; whatever else is raised is raised here too."""
+    """``refused``, ``refused before a start``, ``valid``, or what is wrong with how it was handled; whatever else is
+    raised is raised here too."""
     try:
         config = resolve(load_config(**given), given["num_gpus"])
     except ConfigError as error:
@@ -143,4 +160,4 @@ def outcome(given: dict[str, Any], folder: Path) -> str:
     again.write_text(dump_toml(config), encoding="utf-8")
     name = f"run.name={toml_value(config.run.name)}"
     repeated = resolve(load_config(file=again, sets=[name], num_gpus=given["num_gpus"]), given["num_gpus"])
-    return "valid" if repeated == config else "its dump is another configuration"
+    return preflight_outcome(config) if repeated == config else "its dump is another configuration"

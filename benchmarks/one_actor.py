@@ -67,6 +67,7 @@ def startable_actor(
     }
     for section, values in (more or {}).items():
         settings[section] = settings.get(section, {}) | values
+    config = Config.model_validate(settings)
     with LocalLauncher(SHM_PREFIX) as launcher:
         spec = WorkerSpec(
             run_id=launcher.run_id,
@@ -81,7 +82,8 @@ def startable_actor(
             num_steps=1,
             most_steps=1,
             fingerprints={},
-            config=Config.model_validate(settings),
+            engine_share=config.placement.gpu_memory_utilization,
+            config=config,
         )
         buffer = create_buffer(
             "shm" if device == "cpu" else "cuda_ipc", layout.buffer_bytes, launcher.run_id, torch.device(device)

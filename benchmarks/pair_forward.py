@@ -24,7 +24,8 @@ import torch
 from report import machine, save
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from oatlite.models import ForwardBatch, PairModel, TokenPair, lay_out
+from oatlite.layouts import ForwardBatch, TokenPair, lay_out
+from oatlite.models import PairModel
 
 NEW_TOKENS = 53
 AT_400 = 2.5

@@ -21,8 +21,11 @@ from pathlib import Path
 LIMIT_S = 0.5
 RESULTS = Path(__file__).parent / "results"
 RUN = "from oatlite_cli.main import run; run()"
+LOAD = "from oatlite.config.load import load_config; load_config(preset='demo', num_gpus=0)"
 COMMANDS = {
     "python -c pass": [sys.executable, "-c", "pass"],
+    "import oatlite": [sys.executable, "-c", "import oatlite"],
+    "load a configuration": [sys.executable, "-c", LOAD],
     "oatlite --help": [sys.executable, "-c", RUN, "--help"],
     "oatlite train --help": [sys.executable, "-c", RUN, "train", "--help"],
     "oatlite train --dry-run": [sys.executable, "-c", RUN, "train", "--dry-run", "--preset", "demo"],

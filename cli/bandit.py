@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -105,7 +106,8 @@ def _tabular(
             np.arange(10 * num_updates, dtype=np.float64), noisy.clamp(min=ROUNDING).numpy()
         )
         floor = float(noisy[:, -num_updates:].mean(1).median())
-        rows.append([sampler, _order(convergence_order(gaps)), _first_below(gaps, 1e-9), f"{floor:.2g}"])
+        orders = [convergence_order(of_seed[None]) for of_seed in gaps]
+        rows.append([sampler, *_orders(orders), _first_below(gaps, 1e-9), f"{floor:.2g}"])
     _write(
         folder / "tabular",
         {"exact gradients": exact, f"gradients of {num_samples} pairs": sampled},
@@ -113,15 +115,27 @@ def _tabular(
         "gap to the optimal value",
         is_log=True,
     )
-    _print(f"Tabular DPO, {num_seeds} seeds, {num_actions} actions", ["sampler", "order", "to 1e-9", "floor"], rows)
-    print("order: fitted q in gap' = c gap^q with exact gradients (1 linear, 2 quadratic)")
+    _print(
+        f"Tabular DPO, {num_seeds} seeds, {num_actions} actions",
+        ["sampler", "order", "from ... to", "to 1e-9", "noise floor"],
+        rows,
+    )
+    print(
+        "order: fitted q in gap' = c gap^q with exact gradients (1 linear, 2 quadratic), of each seed: median and range"
+    )
     print("to 1e-9: updates until the median gap is there")
-    print(f"floor: median gap at the end with gradients of {num_samples} pairs, at a tenth of the rate")
+    print(f"noise floor: median gap at the end with gradients of {num_samples} pairs, at a tenth of the rate")
     _tell(folder)
 
 
-def _order(order: float) -> str:
-    return "too few updates to fit" if order != order else f"{order:.2f}"
+def _orders(orders: Sequence[float]) -> tuple[str, str]:
+    """The median over seeds and the range, where at least half of them have an order."""
+    import statistics
+
+    fitted = [order for order in orders if order == order]
+    if 2 * len(fitted) < len(orders):
+        return "too few updates to fit", ""
+    return f"{statistics.median(fitted):.2f}", f"{min(fitted):.2f} ... {max(fitted):.2f}"
 
 
 def _first_below(gaps: torch.Tensor, bound: float) -> str:

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -151,20 +152,29 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str, str | None, list[str
 def hand_over(command: str, arguments: Sequence[str]) -> NoReturn:
     """Become the command, so that its signals and its exit code are this process's own."""
     if command == "setup":
-        print("oatlite is ready; type: .venv/bin/oatlite --help")
+        print(f"oatlite is ready; type: {shlex.quote(program())} --help")
         sys.exit(0)
+    environment = {**os.environ, "VIRTUAL_ENV": str(VENV)}
     if command == "test":
         os.chdir(ROOT)
-        program = [str(VENV / "bin" / "python"), "-m", "pytest", *(arguments or WHOLE_SUITE)]
+        words = [str(VENV / "bin" / "python"), "-m", "pytest", *(arguments or WHOLE_SUITE)]
     else:
-        program = [str(VENV / "bin" / "oatlite"), command, *arguments]
-    path = os.pathsep.join([str(VENV / "bin"), os.environ.get("PATH", os.defpath)])
+        words = [str(VENV / "bin" / "oatlite"), command, *arguments]
+        environment["OATLITE_COMMAND"] = program()  # for the commands that it prints: the shell's path lacks .venv
+    environment["PATH"] = os.pathsep.join([str(VENV / "bin"), os.environ.get("PATH", os.defpath)])
     sys.stdout.flush()
-    environment = {**os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV)}
     found = read_stamp(STAMP)
     if found is not None and found.accelerator == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""  # or a GPU that is there would be planned with
-    os.execve(program[0], program, environment)
+    os.execve(words[0], words, environment)
+
+
+def program() -> str:
+    """The installed command as a person types it: from the current folder where it lies below that."""
+    path = VENV / "bin" / "oatlite"
+    with contextlib.suppress(ValueError):
+        path = path.relative_to(Path.cwd())
+    return str(path)
 
 
 def set_up(accelerator: str | None, *, is_dev: bool) -> None:

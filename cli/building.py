@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from oatlite.config.flags import program
+
 MODEL, DATA, TRAINING = "Model", "Data", "Training"
 VOCAB_SIZE = 4096
 SMALL = 50_000_000
@@ -68,8 +70,8 @@ Seed = Annotated[int, typer.Option("--seed", help="seed of weights and order", m
 
 def command(name: str, flags: Mapping[str, str | Path], defaults: Mapping[str, str]) -> str:
     """``oatlite NAME --flag value ...``, quoted for a shell, without the flags that have their default."""
-    words = ["oatlite", name]
+    words = [name]
     for flag, value in flags.items():
         if str(value) != defaults.get(flag):
             words += [flag, str(value)]
-    return shlex.join(words)
+    return f"{program()} {shlex.join(words)}"

@@ -30,7 +30,7 @@ def doctor(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
 ) -> None:
-    """Check this machine before a run: versions, GPUs, space, limits, leftovers, transports.
+    """Check this machine before a run, and say what to mend.
 
     Exit code 0: no problem; 5: problems of storage alone; 2: any other problem. Warnings leave it at 0.
     """

@@ -11,18 +11,23 @@ from oatlite.config.load import num_steps
 from oatlite.config.on_disk import named_paths
 from oatlite.config.placement import Place, places
 from oatlite.config.schema import Config
-from oatlite.hardware import available_memory_bytes, free_bytes, usable_cores
+from oatlite.config.steps import sync_past_epoch
+from oatlite.hardware import Gpu, available_memory_bytes, free_bytes, usable_cores
 
 GIB = 1 << 30
 
 
-def report(config: Config, gpus: Sequence[str]) -> list[str]:
+def report(config: Config, gpus: Sequence[Gpu]) -> list[str]:
     """Lines about a resolved configuration on a machine with these ``gpus``."""
     lines = ["Configuration", *_settings(config), "", "Placement", *_placement(config, gpus), ""]
+    if config.placement.gpus:
+        lines += ["Memory of GPUs, estimated", *_memory(config, gpus), ""]
     steps, per_step = num_steps(config), config.rollout.prompts_per_step
     known = f"at most {steps}" if steps is not None else "as many as the data gives"
     unit = "pairs" if config.rollout.offline else "prompts"
     lines += [f"Steps: {known}, of {per_step} {unit} each", ""]
+    late_sync = sync_past_epoch(config, config.data.max_prompts) if config.data.max_prompts is not None else None
+    lines += [f"Warning: {late_sync}", ""] if late_sync is not None else []
     for title, found in (("Missing here", _missing(config, gpus)), ("Downloads", _downloads(config))):
         lines.append(f"{title}: nothing" if not found else f"{title}:")
         lines += [f"  {line}" for line in found]
@@ -50,20 +55,31 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _placement(config: Config, gpus: Sequence[str]) -> Iterator[str]:
+def _memory(config: Config, gpus: Sequence[Gpu]) -> Iterator[str]:
+    from oatlite.gpu_shares import report as memory_lines
+
+    offline, data = config.rollout.offline, config.data
+    longest = (data.max_prompt_tokens, data.max_response_tokens if offline else config.sampling.max_new_tokens)
+    for line in memory_lines(config, [gpu.total_bytes for gpu in gpus], longest):
+        yield f"  {line}"
+
+
+def _placement(config: Config, gpus: Sequence[Gpu]) -> Iterator[str]:
     rows = [("process", "device", "cores", "serves")]
     for place in places(config, usable_cores()):
-        serves = f"learner {place.serves}" if place.role == "actor" else ""
-        rows.append((place.name, _device(place, gpus), _ranges(place.cores), serves))
+        is_actor = place.role == "actor"
+        device = _device(place, gpus, config.placement.gpus_per_actor if is_actor else 1)
+        rows.append((place.name, device, _ranges(place.cores), f"learner {place.serves}" if is_actor else ""))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _device(place: Place, gpus: Sequence[str]) -> str:
-    if place.gpu is None:
-        return "CPU"
-    return f"GPU {place.gpu} ({gpus[place.gpu] if place.gpu < len(gpus) else 'missing'})"
+def _device(place: Place, gpus: Sequence[Gpu], num_processes: int) -> str:
+    """``num_processes`` of vLLM's are what a CPU stands for several GPUs with."""
+    if not place.gpus:
+        return "CPU" if num_processes == 1 else f"CPU, {num_processes} processes"
+    return ", ".join(f"GPU {gpu} ({gpus[gpu].name if gpu < len(gpus) else 'missing'})" for gpu in place.gpus)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -77,7 +93,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
-def _missing(config: Config, gpus: Sequence[str]) -> list[str]:
+def _missing(config: Config, gpus: Sequence[Gpu]) -> list[str]:
     place, found = config.placement, []
     assert place.gpus is not None and place.actors is not None
     if place.gpus > len(gpus):

@@ -106,9 +106,10 @@ def evaluate(
     gpus: Gpus = None,
     sets: Sets = None,
 ) -> None:
-    """Judge a model's responses against references or another model's, by any oracle.
+    """Judge a model's responses by any oracle.
 
-    A win probability over one half is a win, and exactly one half, as equal texts have it, half a win.
+    They are compared with references or with another model's. A win probability over one half is a win, and exactly
+    one half, as equal texts have it, half a win.
     """
     if not oracle:
         raise ConfigError("no oracle is given", "add --oracle REWARD_MODEL (a folder or a hub id)")

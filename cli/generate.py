@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from oatlite.config.flags import to_type
 
 from .building import command
 from .inference import (
@@ -34,6 +37,7 @@ from .inference import (
     refuse_with_greedy,
     settings,
 )
+from .options import given_settings
 
 
 def generate(
@@ -110,5 +114,22 @@ def generate(
         }
         print(f"next: {command('label', flags, {})}")
     else:
-        flags = {"--model": model, "--against": "references", "--oracle": "REWARD_MODEL", "--prompts": prompts}
-        print(f"next: {command('eval', flags, {})}")
+        following = _eval_of(ctx.params)
+        if following is not None:
+            print(f"next: {following}")
+
+
+def _eval_of(parameters: Mapping[str, Any]) -> str | None:
+    """The command that judges the model on the same prompts; none for an adapter, which ``oatlite eval`` does not
+    take."""
+    if parameters["adapter"] is not None:
+        return None
+    flags = {
+        "--model": parameters["model"],
+        "--against": "references",
+        "--oracle": "REWARD_MODEL",
+        "--prompts": parameters["prompts"],
+    }
+    given = {key: value for key, value in given_settings(parameters).items() if key in DATA_KEYS}
+    del given["data.prompts"]
+    return " ".join([command("eval", flags, {}), *(to_type(key, value) for key, value in given.items())])

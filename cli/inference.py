@@ -28,7 +28,7 @@ DATA_KEYS = (
 )
 ORACLE_KEYS = (
     *("oracle.path", "oracle.weights", "oracle.chat_template", "oracle.max_tokens", "oracle.batch_tokens"),
-    *("oracle.dtype", "remote", "judge", "timeouts.oracle_s", "run.seed", "placement.gpus"),
+    *("oracle.dtype", "remote", "judge", "timeouts.oracle_s", "run.seed", "placement.gpus", "model.trust_remote_code"),
 )
 WHOLE_GPU = 0.85
 """vLLM's share of a GPU where no learner wants one."""

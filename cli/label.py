@@ -90,11 +90,12 @@ def label(
     gpus: Gpus = None,
     sets: Sets = None,
 ) -> None:
-    """Say which of two answers is better, for a file of pairs, by any oracle.
+    """Say which of two answers is better, by any oracle.
 
-    A pair is a row with two answers. In a file with the columns response and sample, as oatlite generate writes it, it
-    is two rows that follow each other: samples 0 and 1 of a prompt, 2 and 3, and so on. The output is for oatlite train
-    --offline --preferences and for oatlite reward-model. Pairs without a verdict, or exactly tied, are left out.
+    It reads a file of pairs: a pair is a row with two answers. In a file with the columns response and sample, as
+    oatlite generate writes it, it is two rows that follow each other: samples 0 and 1 of a prompt, 2 and 3, and so on.
+    The output is for oatlite train --offline --preferences and for oatlite reward-model. Pairs without a verdict, or
+    exactly tied, are left out.
     """
     if not oracle:
         raise ConfigError("no oracle is given", "add --oracle REWARD_MODEL (a folder or a hub id)")

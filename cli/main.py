@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import oatlite
-from oatlite.errors import EXIT_INTERRUPTED, OatliteError, as_storage_error
+from oatlite.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, OatliteError, as_storage_error
 
 Command = Callable[..., Any]
 
@@ -86,13 +87,13 @@ def _doctor() -> Command:
 COMMANDS: dict[str, tuple[Callable[[], Command], str]] = {
     "train": (_train, "Align a policy online: sample, compare, learn, sync."),
     "resume": (_resume, "Go on with a stopped run from its last checkpoint."),
-    "sft": (_sft, "Train a policy on prompts and reference answers, on conversations or on plain text."),
+    "sft": (_sft, "Train a policy on answers, conversations or plain text."),
     "reward-model": (_reward_model, "Train a reward model on preferences (Bradley-Terry)."),
     "generate": (_generate, "Sample responses to the prompts of a dataset into a file."),
     "chat": (_chat, "Talk to a model."),
-    "eval": (_eval, "Judge a model's responses against references or another model's, by any oracle."),
-    "label": (_label, "Say which of two answers is better, for a file of pairs, by any oracle."),
-    "doctor": (_doctor, "Check this machine before a run: versions, GPUs, space, limits, leftovers, transports."),
+    "eval": (_eval, "Judge a model's responses by any oracle."),
+    "label": (_label, "Say which of two answers is better, by any oracle."),
+    "doctor": (_doctor, "Check this machine before a run, and say what to mend."),
     "bandit": (_bandit, "Numerical experiments without a language model, in seconds."),
     "serve-oracle": (_serve_oracle, "Serve an oracle over HTTP, to oatlite and to oat."),
 }
@@ -107,7 +108,7 @@ def app_for(arguments: Sequence[str]) -> typer.Typer:
     asked = next((argument for argument in arguments if not argument.startswith("-")), None)
     app = typer.Typer(
         help="Align language models online on one box: a vLLM actor, an oracle, a DeepSpeed learner.",
-        epilog="`oatlite train` runs a small demo; with --dry-run it says what would run.",
+        epilog="`oatlite train` runs a small demo, on GPUs the preset tldr; --dry-run says what would run.",
         context_settings={"help_option_names": ["-h", "--help"]},
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -151,6 +152,11 @@ def run() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said; Python's own end would answer with a traceback
+    if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):  # and takes seconds over its libraries, where somebody waits
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -171,6 +177,12 @@ def _not_asked() -> None:
 
 def _usage(error: typer.TyperException) -> str:
     """Typer's words on one line, with the nearest flag or the place to look."""
+    from pydantic import ValidationError
+
+    from oatlite.config.explain import must_be
+
+    if isinstance(error.__cause__, ValidationError):
+        error.message = must_be(error.__cause__)
     possible = list(getattr(error, "possibilities", None) or ())
     message = " ".join((error.message if possible else error.format_message()).split())
     context = getattr(error, "ctx", None)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from oatlite.errors import ConfigError
+
 from .building import (
     DATA,
     MODEL,
@@ -50,6 +52,13 @@ if TYPE_CHECKING:
     from oatlite.finetuning.options import TuningOptions
     from oatlite.finetuning.pairs import PairKeys
     from oatlite.reward_modeling import Ranking
+
+OTHER_ORACLES = {
+    "judge": "a language model",
+    "remote": "a server",
+    "pairrm": "PairRM",
+    "demo": "the demo's reward model",
+}
 
 
 def reward_model(
@@ -112,6 +121,11 @@ def reward_model(
     """
     from oatlite.output_folder import require_free
 
+    if str(output) in OTHER_ORACLES:
+        raise ConfigError(
+            f"--oracle {output} means {OTHER_ORACLES[str(output)]}, not a folder of that name",
+            f"type --output {output}-model, or another name",
+        )
     require_free(output)
     flags = TuningFlags.of(ctx.params)
     keys = _Keys(data, split, prompt_key, (chosen_key, rejected_key), reference_key)
@@ -183,12 +197,13 @@ class _Made:
 
 def _from_scratch(keys: _Keys, output: Path, max_tokens: int, given: dict[str, Any]) -> _Made:
     from oatlite.fitting import console_report
+    from oatlite.inference.signals import stopped_by_signals
     from oatlite.reward_modeling import RewardOptions, train_reward_model
 
     rankings = _rankings(keys, given["seed"])
     known = {name: value for name, value in given.items() if value is not None}
     options = RewardOptions(max_tokens=max_tokens, **known)
-    with console_report() as report:
+    with stopped_by_signals(), console_report() as report:
         result = train_reward_model(rankings, options, output, report)
     dropped = f", {result.num_dropped} prompts left out as too long" if result.num_dropped else ""
     return _Made(
@@ -221,6 +236,7 @@ def _tuned(keys: _Keys, output: Path, options: TuningOptions, flags: TuningFlags
     from oatlite.finetuning.pairs import pair_rows
     from oatlite.finetuning.run import finetune
     from oatlite.fitting import console_report
+    from oatlite.inference.signals import stopped_by_signals
 
     apart = pair_rows(
         keys.data,
@@ -231,7 +247,7 @@ def _tuned(keys: _Keys, output: Path, options: TuningOptions, flags: TuningFlags
         max_tokens=options.max_tokens,
         seed=options.seed,
     )
-    with console_report() as report:
+    with stopped_by_signals(), console_report() as report:
         result = finetune(apart.training, apart.held_out, options, flags.habits(), output, report, resume=flags.resume)
     return _Made(
         num_parameters=result.num_parameters,
@@ -248,10 +264,7 @@ def _next(model: str, keys: _Keys, output: Path, made: _Made) -> str:
     flags: dict[str, str | Path] = {
         "--model": "POLICY" if model in SCRATCH else model,
         "--oracle": output,
-        "--prompts": keys.data,
-        "--split": keys.split,
-        "--prompt-key": keys.prompt,
-        "--reference-key": keys.reference,
+        **_prompts_of(keys),
     }
     if made.is_chat:
         flags["--set"] = "oracle.chat_template=true"
@@ -259,3 +272,21 @@ def _next(model: str, keys: _Keys, output: Path, made: _Made) -> str:
         flags["--lr"] = "1e-4"  # the default is for a network of a billion parameters
     defaults = {"--split": "train", "--prompt-key": "prompt", "--reference-key": "reference"}
     return command("train", flags, defaults)
+
+
+def _prompts_of(keys: _Keys) -> dict[str, str | Path]:
+    """The preferences as prompts to train on, where they have any as texts; evaluation compares with the better
+    answers, or with the references."""
+    from oatlite.data import load_rows
+
+    rows = load_rows(keys.data, keys.split)
+    has_texts = keys.prompt in rows.column_names and any(isinstance(prompt, str) for prompt in rows[keys.prompt])
+    if not has_texts:
+        return {"--prompts": "PROMPTS"}
+    pair_keys = keys.pair_keys()
+    return {
+        "--prompts": keys.data,
+        "--split": keys.split,
+        "--prompt-key": keys.prompt,
+        "--reference-key": pair_keys.chosen if pair_keys.are_in(rows.column_names) else keys.reference,
+    }

@@ -25,12 +25,14 @@ def serve_oracle(
         ),
     ],
     chat_template: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--chat-template", help="wrap prompt and response in the model's chat template", rich_help_panel=MODEL
+            help="wrap prompt and response in the model's chat template; default: no, which is said where it has one",
+            rich_help_panel=MODEL,
+            show_default=False,
         ),
-    ] = False,
-    max_tokens: Annotated[int, _described("max_tokens", MODEL)] = 1024,
+    ] = None,
+    max_tokens: Annotated[int | None, _described("max_tokens", MODEL)] = None,
     batch_tokens: Annotated[int, _described("batch_tokens", MODEL)] = 8192,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],

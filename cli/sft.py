@@ -119,7 +119,7 @@ def sft(
     resume: Resume = False,
     wandb: Wandb = False,
 ) -> None:
-    """Train a policy on prompts and reference answers, on conversations or on plain text."""
+    """Train a policy on answers, conversations or plain text."""
     from oatlite.output_folder import require_free
 
     require_free(output)
@@ -187,13 +187,14 @@ def _from_scratch(rows: _Rows, output: Path, given: dict[str, Any]) -> _Made:
     from oatlite.continuations import text_columns
     from oatlite.data import load_rows
     from oatlite.fitting import console_report
+    from oatlite.inference.signals import stopped_by_signals
     from oatlite.supervised import SupervisedOptions, train_policy
 
     table = load_rows(rows.data, rows.split)
     texts = text_columns(table, rows.data, [rows.prompt_key, rows.reference_key])
     known = {name: value for name, value in given.items() if value is not None}
     options = SupervisedOptions(max_tokens=rows.max_tokens, **known)
-    with console_report() as report:
+    with stopped_by_signals(), console_report() as report:
         result = train_policy([(prompt, reference) for prompt, reference in texts], options, output, report)
     return _Made(
         num_parameters=result.num_parameters,
@@ -212,6 +213,7 @@ def _tuned(rows: _Rows, output: Path, options: TuningOptions, flags: TuningFlags
     from oatlite.finetuning.rows import choose_columns, policy_rows
     from oatlite.finetuning.run import finetune
     from oatlite.fitting import console_report
+    from oatlite.inference.signals import stopped_by_signals
 
     columns = choose_columns(
         load_rows(rows.data, rows.split).column_names,
@@ -230,7 +232,7 @@ def _tuned(rows: _Rows, output: Path, options: TuningOptions, flags: TuningFlags
         trains_on_prompts=trains_on_prompts,
         seed=options.seed,
     )
-    with console_report() as report:
+    with stopped_by_signals(), console_report() as report:
         result = finetune(apart.training, apart.held_out, options, flags.habits(), output, report, resume=flags.resume)
     return _Made(
         num_parameters=result.num_parameters,

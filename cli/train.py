@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from oatlite.config.load import load_config, preset_names, resolve
-from oatlite.hardware import gpu_names
+from oatlite.hardware import visible_gpus
 
 from .options import given_settings, setting
 
@@ -90,6 +90,7 @@ def train(
     gpus: Annotated[int | None, setting("placement.gpus", PLACEMENT)] = None,
     actors: Annotated[int | None, setting("placement.actors", PLACEMENT)] = None,
     learners: Annotated[int | None, setting("placement.learners", PLACEMENT)] = None,
+    gpus_per_actor: Annotated[int | None, setting("placement.gpus_per_actor", PLACEMENT)] = None,
     eval_every: Annotated[int | None, setting("eval.every", EVALUATION)] = None,
     eval_every_queries: Annotated[int | None, setting("eval.every_queries", EVALUATION)] = None,
     eval_oracle: Annotated[list[str] | None, setting("eval.oracle", EVALUATION, metavar="NAME")] = None,
@@ -100,25 +101,26 @@ def train(
 ) -> None:
     """Align a policy online: sample, compare, learn, sync.
 
-    Without any flag it runs the demo. Flags win over --config, which wins over --preset.
+    Without any flag it runs the demo, on GPUs the preset tldr. Flags win over --config, which wins over --preset.
     """
-    available = gpu_names()
+    available = visible_gpus()
     given = load_config(
         preset=preset, file=config, flags=given_settings(ctx.params), sets=sets or (), num_gpus=len(available)
     )
     if dry_run:
-        from oatlite.preflight import check_algorithm
+        from oatlite.algorithm_checks import check_algorithm
 
         from .dry_run import report
 
         # GPUs that are missing are reported, not refused: the numbers are checked as if they were there.
         planned = resolve(given, max(len(available), given.placement.gpus or 0))
-        if planned.explore.rule != "none" or planned.rollout.sampler != "policy":  # it takes seconds: torch is loaded
+        goes_with_all = planned.rollout.sampler == "policy" and planned.placement.gpus_per_actor == 1
+        if planned.explore.rule != "none" or not goes_with_all:  # it takes seconds: torch is loaded
             check_algorithm(planned)
         typer.echo("\n".join(report(planned, available)))
         return
     resolved = resolve(given, len(available))
 
-    from oatlite.supervisor import train as run_training
+    from oatlite.run import train as run_training
 
     raise typer.Exit(run_training(resolved))

@@ -7,19 +7,20 @@ A checkpoint is written beside its place, each file hashed and synced to disk, t
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from oatlite.errors import CheckpointError, StorageError
+from oatlite.errors import CheckpointError, StorageError, is_full, system_error
+from oatlite.output_folder import sync
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -74,19 +75,36 @@ class CheckpointWriter:
     """One process's part of a checkpoint of ``step`` under ``root``.
 
     The processes that write one together each call :meth:`begin` (the first of them before all others), write their
-    files, and give their ``records`` to the first, which calls :meth:`complete`.
+    files, and give their ``records`` to the first, which calls :meth:`complete`. ``or_else`` is what helps on a full
+    disk besides more space.
     """
 
-    def __init__(self, root: Path, step: int) -> None:
+    def __init__(self, root: Path, step: int, *, or_else: str = ", or go on with --set checkpoint.keep_last=1") -> None:
         self.folder = root / f"{_UNFINISHED}{name_of(step)}"
         self.records: list[FileRecord] = []
         self._final = root / name_of(step)
+        self._or_else = or_else
 
     def begin(self) -> None:
         """Make the folder anew. Raises StorageError if the disk refuses."""
         with self._storage_errors(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
+
+    def adopt(self, written: Path) -> None:
+        """Begin with what a library wrote into the folder ``written`` beside this one, hashed and synced from there."""
+        with self._storage_errors(written):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.rename(written, self.folder)
+            paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
+            # Other ranks wait meanwhile, and they do not wait for ever.
+            with ThreadPoolExecutor() as threads:
+                self.records += threads.map(self._adopted, paths)
+
+    def _adopted(self, path: Path) -> FileRecord:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return FileRecord(path.relative_to(self.folder).as_posix(), path.stat().st_size, _digest(path))
 
     @contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
@@ -116,11 +134,12 @@ class CheckpointWriter:
             file.write(json.dumps(manifest | {"digest": _digest_of_manifest(manifest)}, indent=1).encode())
         with self._storage_errors(self._final):
             for folder in {(self.folder / r.name).parent for r in records} | {self.folder}:
-                _sync_folder(folder)
+                sync(folder)
             # A run that was resumed from before this step makes it again.
             _remove(self._final)
             os.rename(self.folder, self._final)
-            _sync_folder(self._final.parent)
+            for folder in (self._final.parent, self._final.parent.parent):
+                sync(folder)
 
     @contextmanager
     def _storage_errors(self, path: Path) -> Iterator[None]:
@@ -128,12 +147,12 @@ class CheckpointWriter:
         try:
             yield
         except (OSError, RuntimeError) as error:
-            cause = _disk_error(error)
+            cause = system_error(error)
             if cause is None:
                 raise
             fix = "give the run a folder that can be written to"
-            if cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                fix = f"{self._space()}; free more, or go on with --set checkpoint.keep_last=1"
+            if is_full(cause):
+                fix = f"{self._space()}; free more{self._or_else}"
             raise StorageError(f"cannot write {path}: {cause.strerror or cause}", fix) from error
 
     def _space(self) -> str:
@@ -147,13 +166,6 @@ class CheckpointWriter:
         last = self._final.with_name(name_of(before[0]))
         needed = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
         return f"a checkpoint takes {needed} bytes and {free} are free"
-
-
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """The error of the operating system that ``error`` is or was raised over."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def checkpoints_of(run_dir: Path) -> Path:
@@ -253,11 +265,3 @@ def _digest(path: Path) -> str:
         while block := file.read(_BLOCK):
             found.update(block)
     return found.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from oatlite.config.flags import to_type
 from oatlite.config.schema import PROMPT, DataConfig
 from oatlite.errors import ConfigError
 from oatlite.sources import find_local, first_line, load_rows
@@ -134,7 +135,8 @@ def load_prompts(
         raise ConfigError(f"{data.prompts} has no usable prompt to evaluate with", _room(max_prompt_tokens))
     if not len(training):
         held = f" besides the {len(held_out)} held out" if len(held_out) else ""
-        fix = "lower eval.prompts, or name data.eval_split" if held else _room(max_prompt_tokens)
+        split = to_type("data.eval_split", "SPLIT")
+        fix = f"lower --eval-prompts, or type {split}" if held else _room(max_prompt_tokens)
         raise ConfigError(f"{data.prompts} has no usable prompt to train on{held}", fix)
     return training, held_out
 
@@ -162,7 +164,7 @@ def load_all_prompts(
 
 
 def _room(max_prompt_tokens: int) -> str:
-    return f"prompts must have 1 to {max_prompt_tokens} tokens: raise data.max_prompt_tokens"
+    return f"prompts must have 1 to {max_prompt_tokens} tokens: raise --max-prompt-tokens"
 
 
 def fixed_order(num_rows: int) -> npt.NDArray[np.int64]:
@@ -178,7 +180,10 @@ def render(
     Raises ConfigError, which names ``where`` the conversation is from, if the template refuses it.
     """
     if getattr(tokenizer, "chat_template", None) is None:
-        raise ConfigError("data.chat_template is set, and the policy's tokenizer has none", "set it to false")
+        raise ConfigError(
+            "data.chat_template is set, and the policy's tokenizer has none",
+            f"type {to_type('data.chat_template', False)}",
+        )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=awaits_answer))
     except Exception as error:  # a template is a program, and raises what its author liked
@@ -249,7 +254,8 @@ class _Reader:
         if not self.data.chat_template:
             if isinstance(prompt, str):
                 return prompt
-            fix = "set data.chat_template = true" if is_conversation(prompt) else "name a column of text"
+            templated = f"type {to_type('data.chat_template', True)}"
+            fix = templated if is_conversation(prompt) else "name a column of text"
             raise ConfigError(f"{where}: {self.data.prompt_key} is {type(prompt).__name__}, not text", fix)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not is_conversation(messages):
@@ -285,14 +291,16 @@ class _Reader:
                 row = rows[references.index(None)]
                 raise ConfigError(
                     f"row {row} of split {self.split} of {self.data.prompts} has no text in {key} to compare against",
-                    "leave such rows out, or name another data.reference_key",
+                    "leave such rows out, or name another --reference-key",
                 )
             return None
         return [reference for reference in references if reference is not None]
 
     def _no_column(self, key: str, option: str) -> ConfigError:
         columns = ", ".join(self.rows.column_names)
-        return ConfigError(f"{self.data.prompts} has no column {key}", f"set {option} to one of: {columns}")
+        return ConfigError(
+            f"{self.data.prompts} has no column {key}", f"type {to_type(option, 'COLUMN')}, one of: {columns}"
+        )
 
 
 def in_template(template: str, prompt: str) -> str:

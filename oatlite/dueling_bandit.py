@@ -104,7 +104,8 @@ def _duels(rule: str, rewards: Tensor, rngs: Sequence[np.random.Generator]) -> t
     members = np.concatenate([draw_members(rng, num_members, num_prompts) for rng in rngs])
     duels = RULES[rule](flat.numpy(), members)
     sides = duels.first.reshape(num_seeds, -1), duels.second.reshape(num_seeds, -1)
-    each = [Duels(*pair).with_random_others(num_candidates, rng) for *pair, rng in zip(*sides, rngs, strict=True)]
+    all_there = np.ones((num_prompts, num_candidates), np.bool_)
+    each = [Duels(*pair).with_random_others(all_there, rng) for *pair, rng in zip(*sides, rngs, strict=True)]
     return torch.from_numpy(np.stack([one.first for one in each])), torch.from_numpy(
         np.stack([one.second for one in each])
     )

@@ -18,8 +18,9 @@ class HeadTrainer:
     """Trains ``head`` on the newest ``buffer_size`` comparisons by Adam.
 
     ``pull`` is lambda of SEA (arXiv 2411.01493, equation 5): a step of B comparisons, n having been asked for so far,
-    weighs the distance from the initialization by ``pull B / n``; with ``is_pull_fixed`` by ``pull`` alone. Batches are
-    drawn by a generator of ``seed`` and nothing else, so equal comparisons give equal heads.
+    weighs the distance from the initialization by ``pull B / n``; with ``is_pull_fixed`` by ``pull`` alone. The
+    distance is the mean square over all parameters, where the equation has the squared norm. Batches are drawn by a
+    generator of ``seed`` and nothing else, so equal comparisons give equal heads.
     """
 
     def __init__(

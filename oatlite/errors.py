@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 
 class OatliteError(Exception):
@@ -58,6 +59,9 @@ class DeadlineExceeded(OatliteError):
     exit_code = 7
 
 
+FREE_SPACE = "free space on that disk"
+_FULL = os.strerror(errno.ENOSPC)
+
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
@@ -69,10 +73,27 @@ BY_EXIT_CODE: dict[int, type[OatliteError]] = {
 
 def as_storage_error(error: BaseException) -> StorageError | None:
     """What an error comes to that was raised over a full disk; ``None`` for any other."""
+    cause = system_error(error)
+    if cause is None or not is_full(cause):
+        return None
+    where = f"cannot write {cause.filename}: " if cause.filename else ""
+    return StorageError(f"{where}{cause.strerror}", FREE_SPACE)
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The error of the operating system that ``error`` is or was raised over: of several, that of a full disk, which
+    some libraries tell in words alone."""
+    found: OSError | None = None
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f"cannot write {cause.filename}: " if cause.filename else ""
-            return StorageError(f"{where}{cause.strerror}", "free space on that disk")
+        if isinstance(cause, OSError):
+            found = cause if found is None or is_full(cause) else found
+        elif found is None and _FULL in str(cause):
+            found = OSError(errno.ENOSPC, _FULL)
         cause = cause.__cause__ or cause.__context__
-    return None
+    return found
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, or what a user may have of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

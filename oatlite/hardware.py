@@ -16,8 +16,11 @@ CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 
 
 class Gpu(NamedTuple):
+    """``total_bytes`` is 0 where it is not told."""
+
     uuid: str
     name: str
+    total_bytes: int = 0
 
 
 def gpu_names() -> list[str]:
@@ -50,10 +53,10 @@ def visible(gpus: list[Gpu], mask: str | None) -> list[Gpu]:
 
 
 def all_gpus() -> list[Gpu]:
-    rows = nvidia_smi("--query-gpu=uuid,name")
+    rows = nvidia_smi("--query-gpu=uuid,memory.total,name")
     if rows is None:
         return _driver_gpus()
-    return [Gpu(uuid, name) for uuid, name in rows]
+    return [Gpu(uuid, name, int(mebibytes) << 20 if mebibytes.isdigit() else 0) for uuid, mebibytes, name in rows]
 
 
 def nvidia_smi(query: str) -> list[list[str]] | None:
@@ -88,11 +91,12 @@ def _driver_gpus() -> list[Gpu]:
     return found
 
 
-def expandable_segments(environment: Mapping[str, str]) -> str | None:
-    """The variable that has torch's allocator use expandable segments, which CUDA IPC cannot share; else None."""
+def unshareable_memory(environment: Mapping[str, str]) -> tuple[str, str] | None:
+    """The variable and its setting that have torch's allocator take memory which CUDA IPC cannot share; else None."""
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if re.search(r"expandable_segments\s*:\s*true", environment.get(name, ""), flags=re.IGNORECASE):
-            return name
+        for setting in ("expandable_segments:True", "backend:cudaMallocAsync"):
+            if re.search(setting.replace(":", r"\s*:\s*"), environment.get(name, ""), flags=re.IGNORECASE):
+                return name, setting
     return None
 
 

@@ -15,16 +15,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from oatlite import reaper
 
 STOP_GRACE_S = 5.0
+HURRY_POLL_S = 0.1
 REAPER_S = 15.0
 PREFIX = "oatlite-"
-LONGEST_BASE_BYTES = 59
+LONGEST_BASE_BYTES = 48
 RUN_VARIABLE = "OATLITE_RUN"
 """In the environment of every process of a run, the run's private folder."""
 
@@ -32,7 +33,7 @@ RUN_VARIABLE = "OATLITE_RUN"
 def socket_base() -> Path:
     """Where private folders are made: the folder for temporary files, or ``/tmp`` where that lies too deep.
 
-    A socket path must stay under 108 bytes.
+    A socket path must stay under 108 bytes, and vLLM's workers name theirs by 36 characters.
     """
     base = tempfile.gettempdir()
     return Path(base if len(os.fsencode(base)) <= LONGEST_BASE_BYTES else "/tmp")
@@ -171,16 +172,18 @@ class LocalLauncher:
         self._workers.remove(worker)
         self._tell_reaper("-", worker)
 
-    def stop_all(self, grace_s: float = STOP_GRACE_S) -> None:
-        """Ask all processes to end, and kill those that are still there after ``grace_s``."""
+    def stop_all(self, grace_s: float = STOP_GRACE_S, is_hurried: Callable[[], bool] = lambda: False) -> None:
+        """Ask all processes to end, and kill those that are still there after ``grace_s``, or once ``is_hurried``."""
         for worker in self._workers:
             worker.signal(worker.end_signal)
             worker.signal(signal.SIGCONT)
         deadline = time.monotonic() + grace_s
         for worker in list(self._workers):
-            if not worker.wait(max(0.0, deadline - time.monotonic())):
-                worker.signal(signal.SIGKILL)
-                worker.wait(STOP_GRACE_S)
+            while not worker.wait(HURRY_POLL_S):
+                if is_hurried() or time.monotonic() > deadline:
+                    worker.signal(signal.SIGKILL)
+                    worker.wait(STOP_GRACE_S)
+                    break
             self.forget(worker)
 
     def _tell_reaper(self, sign: str, worker: Worker) -> None:

@@ -35,7 +35,8 @@ END_S = 10.0
 _RUN = f"{PREFIX}(?P<run>[0-9a-f]{{12}})"
 _FOLDER = re.compile(_RUN)
 _WEIGHTS = re.compile(f"{_RUN}-[0-9a-f]{{16}}")
-_SEMAPHORE = re.compile(rf"sem\.{_RUN}-.+")
+_UNLOCKED = re.compile(rf"(?:sem\.)?{_RUN}-(?![0-9a-f]{{16}}\Z).+")
+"""What vLLM's processes make: semaphores, and on some CPUs segments of its own."""
 
 
 class Process(NamedTuple):
@@ -72,9 +73,9 @@ def find() -> Leftovers:
     folders = [(path, run) for path, run in _named(_FOLDER, bases) if path.is_dir()]
     alive |= {run for path, run in folders if _is_held(path)}
     segments = [path for path, run in _named(_WEIGHTS, [SHARED_MEMORY]) if run not in alive and not _is_held(path)]
-    # A semaphore has no lock of its own: it is judged only where the folder of its run shows that the run is dead.
+    # Without a lock of its own it is judged only where the folder of its run shows that the run is dead.
     dead = {run for _, run in folders} - alive
-    segments += [path for path, run in _named(_SEMAPHORE, [SHARED_MEMORY]) if run in dead]
+    segments += [path for path, run in _named(_UNLOCKED, [SHARED_MEMORY]) if run in dead]
     return Leftovers(
         segments=tuple(segments),
         folders=tuple(path for path, run in folders if run not in alive),
@@ -142,7 +143,7 @@ def _is_empty(descriptor: int) -> bool:
 
 
 def _removed(path: Path) -> bool:
-    if _SEMAPHORE.fullmatch(path.name):
+    if _UNLOCKED.fullmatch(path.name):
         path.unlink(missing_ok=True)
         return True
     with _claimed(path) as is_ours:

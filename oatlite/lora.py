@@ -21,6 +21,7 @@ from oatlite.config.schema import LoraConfig
 from oatlite.errors import ConfigError
 
 PEFT_PREFIX = "base_model.model."  # what peft and vLLM expect before a module's name in an adapter's file
+HAS_ADAPTER = "give a folder such as runs/NAME/adapter"
 _NAME = "default"
 _ALL_LINEAR = "all-linear"
 
@@ -204,15 +205,15 @@ def read_adapter(folder: Path) -> tuple[list[tuple[str, torch.Tensor]], AdapterO
     """
     from safetensors.torch import load_file
 
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder} holds no LoRA adapter: it has no {name}", HAS_ADAPTER)
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
         options = AdapterOptions(rank=config["r"], alpha=config["lora_alpha"], targets=tuple(targets_of(tensors)))
-    except Exception as error:  # of files that are missing or torn, some of a type that safetensors keeps to itself
-        raise ConfigError(
-            f"{folder} holds no LoRA adapter: {type(error).__name__}: {error}",
-            "give a folder such as runs/NAME/adapter",
-        ) from error
+    except Exception as error:  # of files that are torn, some of a type that safetensors keeps to itself
+        raise ConfigError(f"{folder} holds no LoRA adapter: {type(error).__name__}: {error}", HAS_ADAPTER) from error
     extras = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(name)]
     if extras:
         raise ConfigError(f"the adapter {folder} has {', '.join(extras)}", "merge it into its base with peft")

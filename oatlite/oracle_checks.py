@@ -9,27 +9,31 @@ from oatlite.config.oracle_names import for_evaluation, kind_of
 from oatlite.config.schema import Config
 from oatlite.data import load_tokenizer
 from oatlite.errors import ConfigError, OracleError
-from oatlite.model_checks import check_weights, max_positions
+from oatlite.model_checks import check_weights
 
 TRIAL_S = 30.0
 """A server has so long to answer the one question that is asked before a run."""
 
 
-def check_oracle_models(config: Config) -> None:
-    """That each oracle which is a model can be one, and takes responses as long as the run's.
+def check_oracle_models(config: Config) -> list[str]:
+    """That each oracle which is a model can be one, and takes responses as long as the run's; what is worth saying of
+    those that can.
 
     Reads configurations, tokenizers and headers of weights. Raises ConfigError.
     """
     if not config.oracle.path:
         raise ConfigError("oracle.path names no oracle", "give a reward model, a folder or a hub id")
-    for names in (config.oracle.path, config.eval.oracle):
+    notes = []
+    for each in both_purposes(config):
+        names = each.oracle.path
         for name in names:
             if kind_of(name) == "model":
-                _check_model(name, config, is_alone=len(names) == 1)
+                notes.append(_check_model(name, each, is_alone=len(names) == 1))
             elif kind_of(name) in ("judge", "remote") and len(names) > 1:
                 raise ConfigError(
                     f"the oracle {name} only compares, and rewards are what can be added", "give it alone"
                 )
+    return [note for note in dict.fromkeys(notes) if note]
 
 
 def check_encoder(config: Config) -> None:
@@ -48,32 +52,34 @@ def check_encoder(config: Config) -> None:
         check_weights(encoder, "the encoder")
 
 
-def _check_model(path: str, config: Config, *, is_alone: bool) -> None:
-    from oatlite.oracles.loading import is_pairrm, read_config
+def _check_model(path: str, config: Config, *, is_alone: bool) -> str:
+    """What is worth saying of it."""
+    from oatlite.oracles.loading import is_pairrm, read_config, token_limit, unused_template
     from oatlite.oracles.reward_model import check_reward_model
 
-    compares_pairs = is_pairrm(read_config(path))
+    trusted = {"trust_remote_code": config.model.trust_remote_code}
+    model = read_config(path, **trusted)
+    compares_pairs = is_pairrm(model)
     if compares_pairs and not is_alone:
         raise ConfigError(f"the oracle {path} only compares, and rewards are what can be added", "give it alone")
-    limit: float = config.oracle.max_tokens
-    if not compares_pairs:
-        limit = min(limit, max_positions(check_reward_model(path)))
+    limit = token_limit(config.oracle.max_tokens, model if compares_pairs else check_reward_model(path, **trusted))
     check_weights(path, "the reward model")
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, config.model.trust_remote_code)
     num_responses = 2 if compares_pairs else 1
     if num_responses * config.sampling.max_new_tokens >= limit:
         what = "two responses together can have" if compares_pairs else "a response can have"
         raise ConfigError(
-            f"the oracle takes {limit:.0f} tokens, prompt included, and {what} "
+            f"the oracle takes {limit} tokens, prompt included, and {what} "
             f"{num_responses * config.sampling.max_new_tokens}",
-            to_type("oracle.max_tokens", 1024) if limit == config.oracle.max_tokens else "lower --max-new-tokens",
+            to_type("oracle.max_tokens", 1024) if limit < token_limit(1024, model) else "lower --max-new-tokens",
         )
     if not config.oracle.chat_template:
-        return
+        return "" if compares_pairs else unused_template(path, tokenizer, config.oracle.chat_template)
     if compares_pairs:
         raise ConfigError("PairRM reads plain text, and oracle.chat_template = true", "oracle.chat_template = false")
     if getattr(tokenizer, "chat_template", None) is None:
         raise ConfigError(f"the tokenizer of {path} has no chat template", "set oracle.chat_template = false")
+    return ""
 
 
 def try_oracles(config: Config, prompt: str, reference: str | None) -> None:

@@ -17,7 +17,9 @@ def require_writable(path: Path, suffixes: tuple[str, ...], *, overwrite: bool =
     """Raise ConfigError unless ``path`` has one of ``suffixes``, is absent (or a file that may be overwritten), and
     something can be written beside it."""
     if path.suffix not in suffixes:
-        raise ConfigError(f"--output {path} is no {' or '.join(suffixes)} file", f"name it {path.name}{suffixes[0]}")
+        raise ConfigError(
+            f"--output {path} is no {' or '.join(suffixes)} file", f"name it {path.with_suffix(suffixes[0]).name}"
+        )
     if path.is_dir():
         raise ConfigError(f"--output {path} is a folder", "name a file")
     if path.exists() and not overwrite:

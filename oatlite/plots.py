@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+LEGEND_COLUMNS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def draw(
     figure, axes = plt.subplots(
         1,
         len(panels),
-        figsize=(5.5 * len(panels), 4),
+        figsize=(5.5 * len(panels), 4 + 0.2 * -(-max(map(len, panels.values())) // LEGEND_COLUMNS)),
         squeeze=False,
         layout="constrained",
         sharey=is_log or y_limits is not None,
@@ -105,7 +106,7 @@ def draw(
         if is_log:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=LEGEND_COLUMNS)
     axes[0][0].set_ylabel(y_name)
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".pdf")]
     for path in paths:

@@ -80,7 +80,8 @@ def load_preferences(
             raise ConfigError(
                 f"{data.preferences} has no usable pair to {purpose}{besides}: {pairs.num_dropped} are empty, equal or "
                 "too long",
-                f"raise data.max_prompt_tokens or data.max_response_tokens{', or lower eval.prompts' * bool(besides)}",
+                f"raise --max-prompt-tokens or type {to_type('data.max_response_tokens', 'NUMBER')}"
+                f"{', or lower --eval-prompts' * bool(besides)}",
             )
     return training, held_out
 
@@ -156,7 +157,8 @@ class _Reader:
         for option, key in wanted.items():
             if key not in there:
                 raise ConfigError(
-                    f"{data.preferences} has no column {key}", f"set {option} to one of: {', '.join(there)}"
+                    f"{data.preferences} has no column {key}",
+                    f"type {to_type(option, 'COLUMN')}, one of: {', '.join(there)}",
                 )
         return [*([data.prompt_key] if data.prompt_key in there else []), *wanted.values()]
 
@@ -175,7 +177,7 @@ class _Reader:
             if prompt is None:
                 raise ConfigError(
                     f"{data.preferences} has answers without a prompt, as text",
-                    f"set data.prompt_key to one of: {', '.join(self.rows.column_names)}",
+                    f"type {to_type('data.prompt_key', 'COLUMN')}, one of: {', '.join(self.rows.column_names)}",
                 )
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             answers = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import inspect
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from oatlite.algorithm_checks import check_algorithm
 from oatlite.config.flags import to_type
-from oatlite.config.oracle_names import kind_of
 from oatlite.config.schema import Config
-from oatlite.config.steps import pairs_of_step
+from oatlite.config.steps import queries_until, steps_to_ask, sync_past_epoch
 from oatlite.data import load_prompts
 from oatlite.errors import ConfigError
+from oatlite.fingerprints import digest, digest_of_pairs, fingerprints_of
+from oatlite.gpu_shares import engine_shares
+from oatlite.hardware import visible_gpus
 from oatlite.loading import load_callable
 from oatlite.model_checks import check_language_model, max_positions
 from oatlite.oracle_checks import check_encoder, check_oracle_models, try_oracles
@@ -23,11 +23,6 @@ from oatlite.sources import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from oatlite.algorithms.base import Algorithm
-    from oatlite.preferences import PreferenceSet
-
-SAMPLE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +34,8 @@ class Plan:
     them if each prompt takes one query; where some take none, a run that ``data.max_queries`` ends goes on for at most
     ``most_steps``, and the last of its steps may be a part of one. ``longest_prompt`` is in tokens, held-out
     ones included, and ``longest_response`` what a response may have. ``fingerprints`` tell whether a run that resumes
-    finds the model, the tokenizer and the prompts that it had.
+    finds the model, the tokenizer and the prompts that it had. ``engine_shares`` are vLLM's shares of GPUs by actor,
+    and ``notes`` are to be said once, as the run starts.
     """
 
     num_prompts: int
@@ -51,6 +47,8 @@ class Plan:
     longest_prompt: int
     longest_response: int
     fingerprints: dict[str, str]
+    engine_shares: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 def check(config: Config) -> Plan:
@@ -63,24 +61,18 @@ def check(config: Config) -> Plan:
         check_engine(config)  # which asks no hub for anything
     policy, tokenizer = _check_policy(config)
     _check_experts(config, policy)
+    _check_parts(config, policy)
     limit = max_positions(policy)
     if config.model.reference is not None and config.model.reference != config.model.path:
         reference = _check_reference(config, policy, tokenizer)
         limit = min(limit, max_positions(reference))
-    if not config.rollout.offline:
-        check_oracle_models(config)
+    notes = [] if config.rollout.offline else check_oracle_models(config)
     check_algorithm(config)
     if config.explore.rule not in ("none", "apl"):
         check_encoder(config)
     if config.eval.gold_score is not None:
         _check_gold_score(config.eval.gold_score)
-    fingerprints = {
-        "model": _digest(_architecture(policy)),
-        "tokenizer": _digest(sorted(tokenizer.get_vocab().items())),
-        "initial policy": _digest(_weights(str(config.model.path))),
-        "reference": _digest(_weights(str(config.model.reference))),
-        "reward model": _digest([_weights(name) for name in config.oracle.path if kind_of(name) == "model"]),
-    }
+    fingerprints = fingerprints_of(config, policy, tokenizer)
     if config.rollout.offline:
         return _offline_plan(config, tokenizer, limit, fingerprints)
     if config.eval.prompts and config.data.reference_key is None:
@@ -98,11 +90,12 @@ def check(config: Config) -> Plan:
     try_oracles(config, training.raw_texts[0], None if training.references is None else training.references[0])
     longest = max(len(tokens) for tokens in [*training.tokens, *held_out.tokens])
     check_lengths(config, longest, config.sampling.max_new_tokens, limit, "sampling.max_new_tokens")
-    fingerprints["prompts"] = _digest([tokens.tolist() for tokens in training.tokens])
+    fingerprints["prompts"] = digest([tokens.tolist() for tokens in training.tokens])
     num_steps = _num_steps(config, len(training), len(held_out), "prompts")
-    total_steps, num_queries = num_steps, num_steps * pairs_of_step(config)
+    notes += filter(None, [sync_past_epoch(config, len(training))])
+    total_steps, num_queries = num_steps, queries_until(config, num_steps)
     if config.data.max_queries is not None:
-        total_steps = min(total_steps, -(-config.data.max_queries // pairs_of_step(config)))
+        total_steps = min(total_steps, steps_to_ask(config, config.data.max_queries) or total_steps)
         num_queries = min(num_queries, config.data.max_queries)
     return Plan(
         num_prompts=len(training),
@@ -114,6 +107,8 @@ def check(config: Config) -> Plan:
         longest_prompt=longest,
         longest_response=config.sampling.max_new_tokens,
         fingerprints=fingerprints,
+        engine_shares=_engine_shares(config, longest),
+        notes=tuple(notes),
     )
 
 
@@ -136,95 +131,35 @@ def _offline_plan(
         num_queries=0,
         longest_prompt=longest_prompt,
         longest_response=longest_response,
-        fingerprints=fingerprints | {"prompts": _digest_of_pairs(training)},
+        fingerprints=fingerprints | {"prompts": digest_of_pairs(training)},
+        engine_shares={},
     )
 
 
-def check_algorithm(config: Config) -> None:
-    """Refuse an algorithm, exploration and sampler that do not go together."""
-    from oatlite.algorithms import build_algorithm
-    from oatlite.samplers import sampling_plan
+def _engine_shares(config: Config, longest_prompt: int) -> dict[str, float]:
+    if not config.placement.gpus:
+        return {}
+    totals = [gpu.total_bytes for gpu in visible_gpus()]
+    return engine_shares(config, totals, (longest_prompt, config.sampling.max_new_tokens))
 
-    algorithm = build_algorithm(config.algorithm)
-    if config.explore.rule != "none":
-        _check_exploring(config, algorithm)
-    sampling_plan(algorithm, config.rollout.sampler)
-    if config.rollout.offline and algorithm.needs.margins and config.data.margin_key is None:
+
+def _check_parts(config: Config, policy: PretrainedConfig) -> None:
+    """That vLLM can cut the policy up: attention heads and hidden units, or copies of key-value heads, go around."""
+    each, model = config.placement.gpus_per_actor, policy.get_text_config()
+    heads = int(getattr(model, "num_attention_heads", 0))
+    groups = int(getattr(model, "num_key_value_heads", None) or heads)
+    hidden = int(getattr(model, "intermediate_size", None) or 0)
+
+    def fits(parts: int) -> bool:
+        return heads % parts == hidden % parts == 0 and (groups % parts == 0 or parts % groups == 0)
+
+    if each > 1 and not config.rollout.offline and not fits(each):
+        possible = max(parts for parts in range(1, each) if fits(parts))
         raise ConfigError(
-            f"--algo {config.algorithm.name} learns from reward margins, which without an oracle the data must bring",
-            f"type {to_type('data.margin_key', 'COLUMN')}, or another --algo",
+            f"placement.gpus_per_actor = {each} does not divide the policy's {heads} attention heads ({groups} of "
+            f"them of keys and values) and its {hidden} hidden units",
+            f"type {to_type('placement.gpus_per_actor', possible)}",
         )
-
-
-def _check_exploring(config: Config, algorithm: Algorithm) -> None:
-    from oatlite.algorithms.base import Algorithm
-
-    name, rule = config.algorithm.name, config.explore.rule
-    if type(algorithm).select is not Algorithm.select or type(algorithm).sampling_plan is not Algorithm.sampling_plan:
-        raise ConfigError(f"--explore {rule} chooses pairs, and --algo {name} chooses its own", "leave one of them out")
-    if rule == "apl" and config.rollout.sampler != "policy":
-        raise ConfigError(
-            f"--explore apl goes by the policy's own log-probabilities, and --sampler {config.rollout.sampler} samples "
-            "others",
-            "leave one of them out",
-        )
-    if rule == "apl" and (config.explore.head_only or config.explore.self_label_ratio):
-        option, off = ("head_only", False) if config.explore.head_only else ("self_label_ratio", 0)
-        raise ConfigError(
-            f"explore.{option} is for the epistemic head, and --explore apl has none",
-            f"type {to_type(f'explore.{option}', off)}, or --explore sea-ee",
-        )
-    if rule not in ("apl", "passive") and config.rollout.sampler in ("hybrid", "mixture"):
-        raise ConfigError(
-            f"--explore {rule} chooses among all candidates, and --sampler {config.rollout.sampler} wants one of each "
-            "of two samplers",
-            "type --explore passive, or --sampler policy",
-        )
-    if config.explore.head_only and config.eval.prompts and config.eval.best_of_n == 1:
-        raise ConfigError(
-            "explore.head_only leaves the policy as it is, and its greedy answers do not change",
-            f"add {to_type('eval.best_of_n', 10)}, which the head picks by",
-        )
-    if config.explore.self_label_ratio and algorithm.needs.margins:
-        raise ConfigError(
-            f"explore.self_label_ratio = {config.explore.self_label_ratio:g}, and --algo {name} learns from reward "
-            "margins, which only the oracle gives",
-            f"type {to_type('explore.self_label_ratio', 0)}, or another --algo",
-        )
-
-
-def _architecture(model: PretrainedConfig) -> dict[str, object]:
-    """What decides the shape of a model, without what depends on where it lies and on the library's version."""
-    passing = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
-    return {key: value for key, value in model.to_dict().items() if key not in passing}
-
-
-def _weights(path: str) -> object:
-    """What tells a model's weights in a folder from others of the same shape, without reading all of them: sizes, and
-    both ends of each file. Of a hub's model, its name."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return path
-    found = []
-    for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
-        with file.open("rb") as opened:
-            first = opened.read(SAMPLE_BYTES)
-            opened.seek(max(0, file.stat().st_size - SAMPLE_BYTES))
-            ends = first + opened.read(SAMPLE_BYTES)
-        found.append((file.name, file.stat().st_size, hashlib.blake2b(ends, digest_size=16).hexdigest()))
-    return found
-
-
-def _digest(value: object) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-
-
-def _digest_of_pairs(pairs: PreferenceSet) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (pairs.prompt_tokens, pairs.chosen_tokens, pairs.rejected_tokens):
-        for tokens in part:
-            digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
-    return digest.hexdigest()
 
 
 def _check_policy(config: Config) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:

@@ -36,13 +36,24 @@ def main(private_dir: str, segment_prefix: str) -> None:
 
 def remove_leftovers(private_dir: str, segment_prefix: str, started: Iterable[int]) -> None:
     """``started`` are the process numbers of the run: torch names its shared memory after the process, and a process
-    that ends without its destructors leaves it."""
-    prefixes = (segment_prefix, *(f"torch_{number}_" for number in started))
+    that ends without its destructors leaves it. A number comes again: what a living process has mapped is not ours."""
+    ours = (segment_prefix, f"sem.{segment_prefix}")
+    torchs = tuple(f"torch_{number}_" for number in started)
+    mapped = _mapped()
     for entry in os.listdir("/dev/shm"):
-        if entry.startswith(prefixes):
+        if entry.startswith(ours) or (entry.startswith(torchs) and entry not in mapped):
             with contextlib.suppress(OSError):  # gone already, or of another user whose process has such a number
                 os.unlink(os.path.join("/dev/shm", entry))
     shutil.rmtree(private_dir, ignore_errors=True)
+
+
+def _mapped() -> set[str]:
+    """What processes that may be looked at have mapped of shared memory."""
+    found: set[str] = set()
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{process}/maps", encoding="utf-8", errors="replace") as maps:
+            found.update(line.rstrip().rpartition("/dev/shm/")[2] for line in maps if "/dev/shm/" in line)
+    return found
 
 
 def _kill(groups: set[int]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oatlite.checkpoint import Checkpoint, checkpoints_of, name_of, read, steps_of
+from oatlite.config.flags import program
 from oatlite.config.load import load_config, resolve
 from oatlite.config.schema import Config
 from oatlite.errors import CheckpointError, ConfigError
@@ -18,7 +19,9 @@ FREE_KEYS = (
     "eval.every",
     "eval.every_queries",
     "eval.url",
+    "eval.token_env",
     "eval.judge_url",
+    "eval.judge_key_env",
     "judge.url",
     "judge.key_env",
     "judge.concurrency",
@@ -26,7 +29,9 @@ FREE_KEYS = (
     "oracle.batch_tokens",
     "placement.gpus",
     "placement.actors",
+    "placement.gpus_per_actor",
     "placement.gpu_memory_utilization",
+    "placement.sleep",
     "placement.kv_cache_gib",
 )
 NEVER_FREE = ("run.seed",)
@@ -37,7 +42,7 @@ def resume(run: Path, *, from_step: int | None, sets: Sequence[str], num_gpus: i
 
     Raises ConfigError where there is no run to go on with, CheckpointError where no checkpoint can be used.
     """
-    from oatlite.supervisor import train
+    from oatlite.run import train
 
     if not (run / "config.toml").is_file():
         raise ConfigError(f"{run} is no folder of a run", "type the folder that holds its config.toml")
@@ -88,8 +93,8 @@ def how_to_go_on(run_dir: Path) -> str:
     steps = steps_of(checkpoints_of(run_dir))
     if not steps:
         config_file = shlex.quote(shortest_path(run_dir / "config.toml"))
-        return f"no step was saved, to start again: oatlite train --config {config_file}"
-    return f"to go on from step {steps[0]}: oatlite resume {shlex.quote(shortest_path(run_dir))}"
+        return f"no step was saved, to start again: {program()} train --config {config_file}"
+    return f"to go on from step {steps[0]}: {program()} resume {shlex.quote(shortest_path(run_dir))}"
 
 
 def shortest_path(path: Path) -> str:

@@ -14,6 +14,7 @@ from oatlite.continuations import drop_long, encode, hold_out, join
 from oatlite.errors import ConfigError
 from oatlite.fitting import Report, Schedule, fit, token_batches
 from oatlite.output_folder import complete_or_absent
+from oatlite.quiet import quiet
 from oatlite.reward_loss import EncodedRanking, bradley_terry, can_share_prompts, count_correct
 from oatlite.tiny import DEFAULT_SHAPE, TinyName, TinyShape, check_positions, new_tiny_model, tiny_config, train_bpe
 
@@ -132,7 +133,7 @@ def train_reward_model(
     )
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise ConfigError("the weights are not finite any more: nothing is saved", "lower --lr")
-    with complete_or_absent(output) as folder:
+    with quiet(), complete_or_absent(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return result

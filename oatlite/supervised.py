@@ -15,6 +15,7 @@ from oatlite.continuations import drop_long, encode, hold_out, join, pad_right
 from oatlite.errors import ConfigError
 from oatlite.fitting import Report, Schedule, fit, token_batches
 from oatlite.output_folder import complete_or_absent
+from oatlite.quiet import quiet
 from oatlite.tiny import DEFAULT_SHAPE, TinyName, TinyShape, check_positions, new_tiny_model, tiny_config, train_bpe
 
 
@@ -81,7 +82,7 @@ def train_policy(
     )
     if not math.isfinite(result.held_out_loss):
         raise ConfigError(f"the held-out loss is {result.held_out_loss}: nothing is saved", "lower --lr")
-    with complete_or_absent(output) as folder:
+    with quiet(), complete_or_absent(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return result

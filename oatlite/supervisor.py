@@ -1,128 +1,45 @@
-"""The process that a person starts: it checks, places and spawns, shows what happens, and ends everything."""
+"""Spawns the workers of a run, watches them, and ends everything."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import sys
-import tempfile
+import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
-from oatlite.checkpoint import Checkpoint, unfinished
-from oatlite.config.placement import Place, places, starts_after
+from oatlite.checkpoint import Checkpoint
+from oatlite.config.placement import Place, is_shared, places, starts_after
 from oatlite.config.schema import Config
-from oatlite.demo.settings import with_demo
 from oatlite.errors import (
     BY_EXIT_CODE,
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
     DeadlineExceeded,
-    OatliteError,
     WorkerDied,
-    as_storage_error,
 )
 from oatlite.hardware import usable_cores
+from oatlite.interrupts import Interrupted, collected_signals
 from oatlite.launcher import LocalLauncher, Worker
 from oatlite.messages import Failure, Message, Record, Stage
-from oatlite.metrics.console import Console, open_console
-from oatlite.preflight import Plan, check
-from oatlite.resuming import how_to_go_on, require_same_run
-from oatlite.run_folder import create_run_dir, held, summary
+from oatlite.messages.fields import MalformedMessage
+from oatlite.metrics.console import Console
+from oatlite.preflight import Plan
+from oatlite.roles import Role, describe_exit, is_death
+from oatlite.stacks import ask_for_stacks
 from oatlite.transport import Hub, address
-from oatlite.workers.spec import CONTROL_SOCKET, END_SIGNAL, STOP_SIGNAL, WorkerSpec
+from oatlite.workers.environment import environment_of
+from oatlite.workers.spec import CONTROL_SOCKET, END_SIGNAL, EXIT_FINISHED, STOP_SIGNAL, WorkerSpec
 
 POLL_S = 0.2
 MAX_ACTOR_RESTARTS = 3
 STEPS_TO_FORGIVE = 20  # after so many steps since an actor's last restart, its restarts count from zero again
-STACK_DUMP_S = 2.0
 KILL_S = 30.0
 ACTOR_EXIT_S = 30.0
 LAST_WORDS_S = 0.5
-BOUNDED_STAGES = ("learn", "sync", "save", "saving")
-"""What a learner does alone, so that no deadline of its own ends it."""
-SEGMENT_PREFIX = "oatlite-"
-
-
-class Interrupted(OatliteError):
-    """Ctrl-C or SIGTERM ended the run; ``exit_code`` says which."""
-
-    def __init__(self, exit_code: int, message: str = "interrupted") -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-@dataclass(slots=True)
-class _Role:
-    """A place in the run and the process that fills it now. ``seen`` is the time of its last sign of
-    life, in monotonic seconds, and ``restarted_at`` the last step before its last restart."""
-
-    place: Place
-    spec: WorkerSpec
-    worker: Worker
-    stage: tuple[str, str] = ("", "")
-    stage_since: float = 0.0
-    seen: float = field(default_factory=time.monotonic)
-    was_ready: bool = False
-    num_restarts: int = 0
-    restarted_at: int = 0
-    failure: Failure | None = None
-
-    @property
-    def is_actor(self) -> bool:
-        return self.place.role == "actor"
-
-
-def train(config: Config, checkpoint: Checkpoint | None = None) -> int:
-    """Run a resolved configuration to its end, from its start or from a ``checkpoint`` of the same run.
-
-    Returns 0, or raises the OatliteError that ended the run.
-    """
-    effective = with_demo(config)
-    plan = check(effective)
-    if checkpoint is None:
-        run_dir = create_run_dir(config)
-    else:
-        run_dir = checkpoint.folder.parents[1].resolve()
-        require_same_run(checkpoint, effective, plan.fingerprints)
-    title = f"{run_dir.name}  {config.algorithm.name}  {config.model.path}"
-    with (
-        held(run_dir),
-        LocalLauncher(SEGMENT_PREFIX) as launcher,
-        open_console(config.run.ui, title=title, total_steps=plan.total_steps) as console,
-    ):
-        if plan.num_dropped:
-            console.note(_dropped(config, plan.num_dropped))
-        if checkpoint is not None:
-            for path in unfinished(checkpoint.folder.parent):
-                console.note(f"{path.name} was not complete when its run ended, and is skipped")
-            console.note(f"resuming after step {checkpoint.step}")
-        started = time.monotonic()
-        resume_from = checkpoint.folder.resolve() if checkpoint is not None else None
-        try:
-            Supervisor(effective, plan, run_dir, launcher, console, resume_from).run()
-        except (OatliteError, OSError) as error:
-            known = error if isinstance(error, OatliteError) else as_storage_error(error)
-            if known is None:
-                raise
-            known.fix = "; ".join(part for part in (known.fix, how_to_go_on(run_dir)) if part)
-            raise known from error.__cause__
-        last_step = console.history.last_step
-        if not last_step and checkpoint is not None:  # resumed after its last step, for the model alone
-            last_step = {"step": checkpoint.step, "queries": checkpoint.about["progress"]["num_queries"] or None}
-        console.close(summary(config, last_step, run_dir, time.monotonic() - started))
-    return 0
-
-
-def _dropped(config: Config, num: int) -> str:
-    if config.rollout.offline:
-        return f"{num} pairs had something empty or too long, or two equal answers, and are left out"
-    return f"{num} prompts were empty or too long and are left out"
+MAX_REASON_LENGTH = 200
+MAX_MESSAGES = 1000
 
 
 class Supervisor:
@@ -135,22 +52,23 @@ class Supervisor:
         run_dir: Path,
         launcher: LocalLauncher,
         console: Console,
-        resume_from: Path | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self._config = config
         self._plan = plan
         self._run_dir = run_dir
         self._launcher = launcher
         self._console = console
-        self._resume_from = resume_from
+        self._resume_from = checkpoint.folder.resolve() if checkpoint is not None else None
+        self._first_step = checkpoint.step if checkpoint is not None else 0
         self._hub = Hub(address(launcher.private_dir, CONTROL_SOCKET), launcher.run_id)
-        self._roles: dict[str, _Role] = {}
+        self._roles: dict[str, Role] = {}
         self._signals: list[int] = []
         self._stop_by: float | None = None
 
     def run(self) -> None:
         """Until all learners are done. Raises the OatliteError that ended the run."""
-        with _collected_signals(self._signals):
+        with collected_signals(self._signals):
             try:
                 waiting = places(self._config, usable_cores())
                 while waiting or not self._are_done():
@@ -159,7 +77,7 @@ class Supervisor:
                 if self._stop_by is not None and not (self._run_dir / "model").exists():
                     raise Interrupted(EXIT_TERMINATED, "terminated, saved")
             except Interrupted:
-                self._launcher.stop_all(grace_s=0.0 if len(self._signals) > 1 else 5.0)
+                self._launcher.stop_all(is_hurried=lambda: len(self._signals) > 1)
                 raise
             finally:
                 self._hub.close()
@@ -190,38 +108,37 @@ class Supervisor:
             num_steps=self._plan.total_steps,
             most_steps=self._plan.most_steps,
             fingerprints=self._plan.fingerprints,
+            engine_share=self._plan.engine_shares.get(place.name),
+            gpu_lock=self._launcher.private_dir / f"gpu-{place.gpu}.lock" if self._shares_gpu(place) else None,
             resume_from=self._resume_from,
             config=self._config,
         )
-        self._roles[spec.role] = _Role(place, spec, self._start(place, spec))
+        self._roles[spec.role] = Role(place, spec, self._start(place, spec), restarted_at=self._last_step())
         self._console.stage(place.name, "starting")
+
+    def _shares_gpu(self, place: Place) -> bool:
+        return is_shared(place, places(self._config, usable_cores()))
 
     def _start(self, place: Place, spec: WorkerSpec) -> Worker:
         log = self._run_dir / "logs" / f"{spec.role}.log"
         command = [sys.executable, "-m", "oatlite.workers", str(spec.write())]
-        environment = _environment(place, self._launcher.private_dir)
+        environment = environment_of(place, self._launcher.private_dir)
         return self._launcher.start(command, environment, log, end_signal=END_SIGNAL)
 
     def _watch(self) -> None:
         self._check_signals()
-        received = self._hub.receive(POLL_S)
-        while received is not None:
-            self._handle(*received)
-            received = self._hub.receive(0)
+        self._take_messages(POLL_S)
         roles = list(self._roles.values())
         codes = {role.place.name: role.worker.exit_code() for role in roles}
-        if any(codes.values()):
-            self._watch_last_messages()
-            self._await_last_words([role for role in roles if (codes[role.place.name] or 0) > 0])
-        for role in sorted(roles, key=lambda role: _is_consequence(role, codes[role.place.name])):
+        if any(map(is_death, codes.values())):
+            self._take_messages()
+            self._await_last_words([role for role in roles if codes[role.place.name] in BY_EXIT_CODE])
+        for role in sorted(roles, key=lambda role: role.is_consequence(codes[role.place.name])):
             code = codes[role.place.name]
             if code is not None:
                 self._ended(role, code)
-            elif time.monotonic() - role.seen > self._config.timeouts.silence_s:
-                self._frozen(role, f"was silent for {self._config.timeouts.silence_s:.0f} s")
-            elif self._is_stuck(role):
-                stage = ": ".join(filter(None, role.stage))
-                self._frozen(role, f"did nothing but {stage} for {self._config.timeouts.learn_s:.0f} s")
+            elif (why := role.frozen(self._config.timeouts)) is not None:
+                self._frozen(role, why)
 
     def _handle(self, peer: str, message: Message) -> None:
         role = self._roles.get(peer)
@@ -231,49 +148,47 @@ class Supervisor:
         role.seen = time.monotonic()
         match message:
             case Stage():
-                if role.stage != (message.stage, message.detail):
+                if role.enters(message.stage, message.detail):
                     self._console.stage(role.place.name, message.stage, message.detail)
-                    role.stage_since = time.monotonic()
-                role.stage = (message.stage, message.detail)
-                role.was_ready |= message.stage != "starting"
-            case Record(kind="pair"):
-                self._console.pair(json.loads(message.body))
-            case Record(kind="note"):
-                self._console.note(str(json.loads(message.body)["text"]))
             case Record():
-                self._console.record(json.loads(message.body))
+                try:
+                    self._show(message.kind, message.content())
+                except MalformedMessage as error:
+                    self._hub.drop("malformed", peer, str(error))
             case Failure():
                 role.failure = message
 
-    def _ended(self, role: _Role, code: int) -> None:
-        if code == 0:
+    def _show(self, kind: str, content: dict[str, Any]) -> None:
+        match kind:
+            case "pair":
+                self._console.pair(content)
+            case "note":
+                self._console.note(content["text"])
+            case _:
+                self._console.record(content)
+
+    def _ended(self, role: Role, code: int) -> None:
+        if not is_death(code):
             return
         failure = role.failure
         known = failure.exit_code if failure is not None else code
         is_for_good = known in BY_EXIT_CODE and known != WorkerDied.exit_code
         if self._may_restart(role) and not is_for_good:
-            self._restart(role, _describe_exit(code))
+            self._restart(role, describe_exit(code), failure.message if failure is not None else "")
             return
         log = role.worker.log
         if failure is not None and failure.exit_code == DeadlineExceeded.exit_code:
-            self._dump_stacks()
-        if failure is not None:
-            cls = BY_EXIT_CODE.get(failure.exit_code, WorkerDied)
-            raise cls(f"{role.place.name}: {failure.message}", f"{failure.fix + '; ' if failure.fix else ''}log: {log}")
+            ask_for_stacks([each.worker for each in self._roles.values()])  # somebody waited in vain: where is each?
         again = f" after {role.num_restarts} restarts" if role.num_restarts else ""
+        if failure is not None:
+            cls, fix = BY_EXIT_CODE.get(failure.exit_code, WorkerDied), f"{failure.fix}; " if failure.fix else ""
+            raise cls(f"{role.place.name}{again}: {failure.message}", f"{fix}log: {log}")
         cls = BY_EXIT_CODE.get(code, WorkerDied)
-        raise cls(f"{role.place.name} {_describe_exit(code)}{again}", f"log: {log}")
+        raise cls(f"{role.place.name} {describe_exit(code)}{again}", f"log: {log}")
 
-    def _is_stuck(self, role: _Role) -> bool:
-        """A learner whose main thread hangs, in a driver or on a dead disk, still gives signs of life from another."""
-        is_bounded = not role.is_actor and role.stage[0] in BOUNDED_STAGES
-        return is_bounded and time.monotonic() - role.stage_since > self._config.timeouts.learn_s
-
-    def _frozen(self, role: _Role, why: str) -> None:
-        """Get a frozen worker's stacks into its log, then treat it as dead. A stopped process runs no handler."""
-        role.worker.tell(signal.SIGUSR1)
-        role.worker.signal(signal.SIGCONT)
-        time.sleep(STACK_DUMP_S)
+    def _frozen(self, role: Role, why: str) -> None:
+        """Get a frozen worker's stacks into its log, then treat it as dead."""
+        ask_for_stacks([role.worker])
         role.worker.signal(signal.SIGKILL)
         if not role.worker.wait(KILL_S):  # in a system call that does not return; its memory is still taken
             pid = role.worker.pid
@@ -285,49 +200,49 @@ class Supervisor:
             return
         raise DeadlineExceeded(f"{role.place.name} {why}", f"its stacks are in {role.worker.log}")
 
-    def _dump_stacks(self) -> None:
-        """Somebody waited in vain: let the log of every worker say where it is."""
-        for role in self._roles.values():
-            role.worker.tell(signal.SIGUSR1)
-            role.worker.signal(signal.SIGCONT)
-        time.sleep(STACK_DUMP_S)
-
-    def _may_restart(self, role: _Role) -> bool:
+    def _may_restart(self, role: Role) -> bool:
         """A long run may meet more accidents than a short one; an actor that keeps dying gets nowhere."""
         if self._last_step() - role.restarted_at >= STEPS_TO_FORGIVE:
             role.num_restarts = 0
         return role.is_actor and role.was_ready and role.num_restarts < MAX_ACTOR_RESTARTS
 
     def _last_step(self) -> int:
-        return int(self._console.history.last_step.get("step", 0))
+        return int(self._console.history.last_step.get("step", self._first_step))
 
-    def _restart(self, role: _Role, why: str) -> None:
+    def _restart(self, role: Role, how: str, why: str = "") -> None:
         role.num_restarts += 1
         role.restarted_at = self._last_step()
-        self._console.note(f"{role.place.name} {why}; restart {role.num_restarts} of {MAX_ACTOR_RESTARTS}")
+        reason = f": {textwrap.shorten(why, MAX_REASON_LENGTH, placeholder=' …')}" if why else ""
+        self._console.note(f"{role.place.name} {how}; restart {role.num_restarts} of {MAX_ACTOR_RESTARTS}{reason}")
         self._console.stage(role.place.name, "restarting")
         self._launcher.forget(role.worker)
         role.worker = self._start(role.place, role.spec)
-        role.seen = time.monotonic()
+        role.stage_since = role.seen = time.monotonic()  # its stage stays: what the one before sent may still come
         role.failure = None
 
     def _are_done(self) -> bool:
         """All learners ended well; their actors were told to stop, and have a moment for it."""
         learners = [role for role in self._roles.values() if not role.is_actor]
-        if any(role.worker.exit_code() != 0 for role in learners):
+        if any(role.worker.exit_code() != EXIT_FINISHED for role in learners):
             return False
         deadline = time.monotonic() + ACTOR_EXIT_S
         for role in self._roles.values():
             while not role.worker.wait(POLL_S) and time.monotonic() < deadline:
                 self._check_signals()
-        self._watch_last_messages()
+        self._take_messages()
         return True
 
-    def _watch_last_messages(self) -> None:
-        while (received := self._hub.receive(0)) is not None:
+    def _take_messages(self, timeout_s: float = 0.0) -> None:
+        """Those that have come, after at most ``timeout_s``; not all of a flood, in which workers must still be
+        watched."""
+        for _ in range(MAX_MESSAGES):
+            received = self._hub.receive(timeout_s)
+            if received is None:
+                return
             self._handle(*received)
+            timeout_s = 0.0
 
-    def _await_last_words(self, roles: list[_Role]) -> None:
+    def _await_last_words(self, roles: list[Role]) -> None:
         """What a worker sent before it ended may still be on its way through its socket."""
         deadline = time.monotonic() + LAST_WORDS_S
         while any(role.failure is None for role in roles) and (left_s := deadline - time.monotonic()) > 0:
@@ -351,66 +266,3 @@ class Supervisor:
         if time.monotonic() > self._stop_by:
             stop_s = self._config.timeouts.stop_s
             raise Interrupted(EXIT_TERMINATED, f"terminated, not saved: the step took longer than {stop_s:.0f} s")
-
-
-@contextmanager
-def _collected_signals(into: list[int]) -> Iterator[None]:
-    """Note SIGINT, SIGTERM and SIGHUP instead of raising, so that they are acted upon between two steps of the watch.
-
-    Once there was one, the end has begun, and takes a bounded time that another one must not cut into. SIGHUP, of a
-    terminal that is gone, may come twice for one, and nothing can be written there from then on.
-    """
-    terminals = [number for number in (1, 2) if os.isatty(number)]
-
-    def note(number: int, frame: FrameType | None) -> None:
-        into.append(number)
-
-    def hang_up(number: int, frame: FrameType | None) -> None:
-        if number not in into:
-            into.append(number)
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for terminal in terminals:
-                os.dup2(nowhere, terminal)
-            os.close(nowhere)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if into else handler)
-
-
-def _environment(place: Place, private_dir: Path) -> dict[str, str]:
-    environment = dict(os.environ)
-    # What libraries leave in the folder for temporary files goes with the run, but for kernels compiled for a GPU.
-    if place.gpu is not None:
-        kernels = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
-        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
-    environment["TMPDIR"] = str(private_dir)
-    threads = str(len(place.cores))
-    environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    # Threads that spin while they wait take the cores from the process whose turn it is, and from other people.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order in which GPUs are counted here
-    environment["CUDA_VISIBLE_DEVICES"] = "" if place.gpu is None else _visible_gpu(place.gpu)
-    environment["PYTHONUNBUFFERED"] = "1"
-    return environment
-
-
-def _visible_gpu(gpu: int) -> str:
-    """The name that CUDA knows the ``gpu``-th visible GPU by."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[gpu].strip() if visible else str(gpu)
-
-
-def _is_consequence(role: _Role, code: int | None) -> bool:
-    """Whether this end may have followed from another one that is found at the same moment: a rank that loses its peer
-    raises something unspecific, while one that was killed, or says what ails it, is the cause."""
-    return not code or (code > 0 and (role.failure is None or role.failure.exit_code == WorkerDied.exit_code))
-
-
-def _describe_exit(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

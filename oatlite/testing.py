@@ -9,9 +9,10 @@ that does not rise. :func:`rehearse` runs the loop of :mod:`oatlite.workers.lear
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,10 @@ from torch import nn
 from oatlite.algorithms.base import Algorithm, Candidate
 from oatlite.config.schema import Config
 from oatlite.data import PromptSet
+from oatlite.layouts import ForwardBatch
 from oatlite.maths.samplers import mixed_logprobs
 from oatlite.messages import Float32, Int32, UInt64
 from oatlite.metrics.records import Kind, Record, make_record
-from oatlite.models import ForwardBatch
 from oatlite.oracles.base import PreferenceOracle, RewardOracle, Verdicts, checked
 from oatlite.preferences import PreferenceSet
 from oatlite.samplers import coefficients
@@ -96,13 +97,22 @@ class InMemoryActors:
         self._reference_logits = self._logits.clone()
         self._mixture_weight = mixture_weight
         self.policy_version = 0
-        self.reload_s = 0.0
+        self.reload_s = self.sleep_s = self.wake_s = 0.0
         self.calls: list[str] = []
+        self._awaits_weights = False
 
     def generate(
-        self, prompts: Sequence[Int32], seeds: UInt64, samplers: Sequence[str], sampling: SamplingOptions
+        self,
+        prompts: Sequence[Int32],
+        seeds: UInt64,
+        samplers: Sequence[str],
+        sampling: SamplingOptions,
+        *,
+        is_last_of_version: bool = False,
     ) -> tuple[list[list[Candidate]], float]:
         assert seeds.shape == (len(prompts), len(samplers))
+        assert not self._awaits_weights, "weights were promised before the next samples"
+        self._awaits_weights = is_last_of_version
         self.calls.append(f"generate with {self.policy_version}")
         return [
             [self._sample(prompt, int(seed), sampler, sampling) for seed, sampler in zip(row, samplers, strict=True)]
@@ -143,7 +153,9 @@ class InMemoryActors:
     ) -> tuple[Verdicts, float]:
         self.calls.append(f"compare {len(prompts)}")
         oracle = self._oracle if purpose == "train" else self._eval_oracle
-        return checked(oracle.compare(prompts, first, second, references), len(prompts)), 0.0
+        failures_before = oracle.num_failures
+        verdicts = checked(oracle.compare(prompts, first, second, references), len(prompts))
+        return replace(verdicts, num_failures=oracle.num_failures - failures_before), 0.0
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Float32, float]:
         """How often each letter stands in a response, and how long it is: (B, 28)."""
@@ -156,7 +168,8 @@ class InMemoryActors:
         with source(["logits"]) as parameter:
             self._logits = parameter("logits").detach().clone()
         self.policy_version = version
-        return []
+        self._awaits_weights = False
+        return [hashlib.blake2b(self._logits.numpy().tobytes(), digest_size=16).hexdigest()]
 
 
 class InMemoryTrainer:
@@ -289,7 +302,9 @@ def rehearse(
     prompts = letter_prompts(4 * prompts_per_step, training_reference)
     head = Explorer(config, share, actors, trainer, CPU) if config.explore.rule not in ("none", "apl") else None
     explorer = ActivePreferences(config, updater.score_by_reference) if config.explore.rule == "apl" else head
-    experience = Experience(config, share, prompts, algorithm, actors, silent, score, explorer)
+    experience = Experience(
+        config, share, prompts, algorithm, actors, silent, score, explorer, updater.score_by_reference
+    )
     Learner(
         config=config,
         num_steps=steps,
@@ -368,6 +383,8 @@ def _learning_half(
     seed = config.run.seed
     policy, initial = BigramPolicy(seed), BigramPolicy(seed).requires_grad_(False)
     trainer = InMemoryTrainer(policy, config.learner.lr, keeps_behaviour=keeps_behaviour)
-    scores = initial if algorithm.needs.reference or config.learner.log_kl or config.explore.rule == "apl" else None
+    needs = algorithm.needs
+    is_asked = needs.reference or needs.reference_scores or config.learner.log_kl or config.explore.rule == "apl"
+    scores = initial if is_asked else None
     layout = Layout(name="shared", pad_token_id=EOS, device=CPU)
     return policy, trainer, Updater(config, trainer, algorithm, scores, layout)

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from oatlite.errors import CheckpointError
+
 SCHEDULE_FLOOR = 0.1
 STATE_FOLDER = "optimizer"
 ScheduleName = Literal["cosine", "linear", "constant"]
@@ -230,7 +232,7 @@ class Trainer:
 
         ``open_file`` opens a new file by its path within ``folder``, which every rank can see.
         """
-        self._engine.checkpoint_engine = _state_files(folder, open_file)
+        self._engine.checkpoint_engine = state_files(folder, open_file)
         self._engine.save_checkpoint(
             str(folder),
             tag=STATE_FOLDER,
@@ -241,7 +243,7 @@ class Trainer:
 
     def load(self, folder: Path) -> None:
         """Take over what :meth:`save` wrote with as many ranks and the same options. Nothing in it is executed."""
-        self._engine.checkpoint_engine = _state_files(folder, None)
+        self._engine.checkpoint_engine = state_files(folder, None)
         _, client_state = self._engine.load_checkpoint(
             str(folder), tag=STATE_FOLDER, load_module_strict=not self._has_frozen
         )
@@ -253,7 +255,7 @@ class Trainer:
             dist.destroy_process_group()
 
 
-def _state_files(folder: Path, open_file: Callable[[str], AbstractContextManager[BinaryIO]] | None) -> Any:
+def state_files(folder: Path, open_file: Callable[[str], AbstractContextManager[BinaryIO]] | None) -> Any:
     """DeepSpeed's way to files: written through ``open_file``, read without running what lies in them."""
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -269,8 +271,17 @@ def _state_files(folder: Path, open_file: Callable[[str], AbstractContextManager
                 torch.save(state_dict, file)
 
         def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-                return torch.load(path, map_location=map_location, weights_only=True)
+            known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+            try:
+                with torch.serialization.safe_globals(known):
+                    return torch.load(path, map_location=map_location, weights_only=True)
+            except (OSError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # of many kinds, by what is wrong
+                raise CheckpointError(
+                    f"{path} holds what no checkpoint of ours does ({type(error).__name__}), and is not read",
+                    "add --from-step with another one",
+                ) from error
 
         def commit(self, info: Any) -> bool:
             return True

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from oatlite.errors import ConfigError, StorageError
-from oatlite.hardware import expandable_segments
+from oatlite.hardware import unshareable_memory
 from oatlite.messages import CudaIpcHandle, ShmHandle, WeightManifest
 from oatlite.messages.fields import MalformedMessage
 
@@ -233,10 +233,10 @@ class CudaIpcBuffer(SharedBuffer):
     """GPU memory shared through one CUDA IPC handle."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
-        variable = expandable_segments(os.environ)
-        if variable is not None:
+        found = unshareable_memory(os.environ)
+        if found is not None:
             raise ConfigError(
-                f"CUDA IPC does not work with {variable}=expandable_segments:True",
+                f"CUDA IPC does not work with {'='.join(found)}",
                 "unset it, or use --set sync.transport=shm",
             )
         self._device = device

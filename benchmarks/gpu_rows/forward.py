@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from gpu_rows.roofline import WITH_BACKWARD, Work
 from gpu_rows.scale import PAD, Scale, Tell
 from gpu_rows.timing import mib, peak_bytes, seconds
+from oatlite.layout_choice import choose_layout, rivals
+from oatlite.layouts import LayoutName, TokenPair, lay_out
 from oatlite.maths.logprobs import token_logprobs
-from oatlite.models import LOGITS_CHUNK_TOKENS, LayoutName, PairModel, TokenPair, choose_layout, lay_out
+from oatlite.models import LOGITS_CHUNK_TOKENS, PairModel
 
 
 def pairs_of(scale: Scale, count: int, prompt_tokens: int) -> list[TokenPair]:
@@ -30,16 +32,20 @@ def pair_forward(scale: Scale, tell: Tell) -> None:
     layout = choose_layout(model, scale.vocab_size, PAD, scale.place(), longest=(prompts[-1], scale.new_tokens))
     attention = model.model.config._attn_implementation
     tell("layout", f"{layout}, attention {attention}, {scale.dtype_name}", layout=layout, attention=attention)
+    others = rivals(scale.place(), takes_prompt_masks=model.takes_prompt_masks)[0]
     for prompt_tokens in prompts:
-        _compare(scale, tell, model, layout, prompt_tokens)
+        _compare(scale, tell, model, [layout, *(name for name in others if name != layout)], prompt_tokens)
 
 
-def _compare(scale: Scale, tell: Tell, model: PairModel, layout: LayoutName, prompt_tokens: int) -> None:
+def _compare(scale: Scale, tell: Tell, model: PairModel, layouts: Sequence[LayoutName], prompt_tokens: int) -> None:
+    """``plain`` with all logits at once, ``apart`` in chunks, and the layouts that share, the chosen one first."""
     count = scale.micro_batch_size
     pairs = pairs_of(scale, count, prompt_tokens)
+    ways: dict[str, LayoutName] = {"plain": "plain", "apart": "plain"} | {str(name): name for name in layouts}
+    chosen = layouts[0]
 
     def logprobs(way: str) -> torch.Tensor:
-        batch = lay_out(pairs, layout if way == "shared" else "plain", PAD, scale.place())
+        batch = lay_out(pairs, ways[way], PAD, scale.place())
         return plain_forward(model, batch) if way == "plain" else model(batch)
 
     def step(way: str) -> Callable[[], None]:
@@ -49,18 +55,17 @@ def _compare(scale: Scale, tell: Tell, model: PairModel, layout: LayoutName, pro
 
         return work
 
-    ways = ("plain", "apart", "shared")
     peaks = {way: peak_bytes(scale, step(way)) for way in ways}
     times = {way: seconds(scale, step(way)) for way in ways}
     with torch.no_grad():
-        apart = (logprobs("plain") - logprobs("shared")).abs()
+        apart = (logprobs("plain") - logprobs(chosen)).abs()
     said = ", ".join(f"{way} {1e3 * times[way]:.1f} ms {mib(peaks[way])}" for way in ways)
-    speedup = times["plain"] / times["shared"]
+    speedup = times["plain"] / times[chosen]
     rate = ""
     if scale.operations_per_s is not None:
         work = Work.of(scale, count, prompt_tokens)
-        operations = work.operations(WITH_BACKWARD, is_shared=layout != "plain", with_head=True)
-        rate = f", {operations / times['shared'] / scale.operations_per_s:.0%} of the matrix product's rate"
+        operations = work.operations(WITH_BACKWARD, is_shared=chosen != "plain", with_head=True)
+        rate = f", {operations / times[chosen] / scale.operations_per_s:.0%} of the matrix product's rate"
     tell(
         f"{count} pairs, prompts of {prompt_tokens}",
         f"{said}; {speedup:.2f}x{rate}; differs by {float(apart.mean()):.1e}, at most {float(apart.max()):.1e}",

@@ -18,9 +18,11 @@ import torch
 import oatlite.workers.actor
 from oatlite.data import load_tokenizer
 from oatlite.engine import EngineOptions, Sample
+from oatlite.engine.model import load_checked
+from oatlite.messages import CudaIpcHandle, ShmHandle, WeightManifest
 from oatlite.models import load_policy
 from oatlite.sampling import SamplingOptions
-from oatlite.weights import DTYPES
+from oatlite.weights import DTYPES, WeightReader
 from oatlite.workers.__main__ import main
 
 Tokens = npt.NDArray[np.int32]
@@ -87,6 +89,12 @@ class HuggingFaceEngine:
 
     def begin_load(self) -> None:
         """Nothing is given up: each tensor is overwritten in its place."""
+
+    def open_weights(self, manifest: WeightManifest, handle: ShmHandle | CudaIpcHandle) -> None:
+        self._reader = WeightReader(manifest, handle)
+
+    def load_shared(self, bucket: int, checksum: str) -> float:
+        return load_checked(self._reader, bucket, checksum, self.load_bucket)
 
     @torch.no_grad()
     def load_bucket(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:

@@ -34,7 +34,7 @@ def sleep_and_wake(scale: Scale, tell: Tell) -> None:
 
         start = time.perf_counter()
         try:
-            llm = LLM(**engine_arguments(options), enable_sleep_mode=True)
+            llm = LLM(**(engine_arguments(options) | {"enable_sleep_mode": True}))
         except ValueError as error:
             if scale.on_gpu:
                 raise

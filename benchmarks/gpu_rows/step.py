@@ -32,8 +32,9 @@ from oatlite.config.schema import Config
 from oatlite.data import PromptSet
 from oatlite.errors import WorkerDied
 from oatlite.launcher import Worker
+from oatlite.layout_choice import choose_layout
 from oatlite.lora import all_parameters
-from oatlite.models import PairModel, choose_layout, load_policy
+from oatlite.models import PairModel, load_policy
 from oatlite.testing import InMemoryJournal
 from oatlite.trainer import OptimizerOptions, Ranks, Trainer
 from oatlite.weights import plan_layout

@@ -19,6 +19,7 @@ from oatlite.algorithms.simpo import SimPO
 from oatlite.algorithms.slic import SLiC
 from oatlite.algorithms.xpo import XPO
 from oatlite.config.algorithms import AlgorithmConfig, CustomAlgorithmConfig
+from oatlite.config.keys import nearest
 from oatlite.errors import ConfigError
 from oatlite.loading import load_callable
 
@@ -53,4 +54,10 @@ def build_algorithm(config: AlgorithmConfig) -> Algorithm:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            guess = nearest(key, cls.Options.model_fields)
+            raise ConfigError(
+                f"{config.name} has no option algorithm.options.{key}",
+                f"did you mean algorithm.options.{guess}" if guess else "leave it out",
+            ) from None
         raise ConfigError(f"algorithm.options.{key} of {config.name}: {first['msg']}") from None

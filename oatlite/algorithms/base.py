@@ -24,9 +24,11 @@ class Needs:
     ``reference``: those of the reference policy. ``tokens``: those of single tokens, and the policy's entropies there.
     ``kl``: both policies' log-probabilities of responses to other prompts, at the price of one more forward pass each.
     ``margins``: rewards, or of an oracle that only compares its log-odds; a run without an oracle must bring them.
+    ``reference_scores``: those of the reference policy of every candidate, for ``select``.
     """
 
     reference: bool = False
+    reference_scores: bool = False
     tokens: bool = False
     kl: bool = False
     margins: bool = False
@@ -93,7 +95,9 @@ class Algorithm(ABC):
     ) -> list[Duel]:
         """Choose which two candidates of which prompts the oracle compares; sees all prompts of a rank's step.
 
-        ``scores`` holds what ``needs`` asked for, each (M, N). Default: the first two candidates of every prompt.
+        ``scores["reference"]`` (M, N), where ``needs.reference_scores``, holds log pi_ref of each candidate, summed
+        over its tokens; the log-probabilities of what sampled it are in the candidate. Default: the first two
+        candidates of every prompt. ``--explore`` chooses in the place of this default.
         """
         return [Duel(m, 0, 1) for m in range(len(candidates))]
 

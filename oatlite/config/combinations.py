@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from urllib.parse import urlsplit
 
 from oatlite.config.addresses import check_address
 from oatlite.config.flags import to_type
@@ -24,6 +25,22 @@ def check_gpus(config: Config, num_gpus: int) -> None:
     on_gpu = num_gpus > 0 if asked is None else asked > 0
     if config.sync.transport == "cuda_ipc" and not on_gpu:
         raise ConfigError("sync.transport = cuda_ipc needs a GPU", f"type {to_type('sync.transport', 'shm')}")
+
+
+def check_gpus_per_actor(config: Config) -> None:
+    """Actors with several GPUs each share none of them with another actor. The CPU takes any number of processes."""
+    gpus, actors, each = config.placement.gpus, config.placement.actors, config.placement.gpus_per_actor
+    assert gpus is not None and actors is not None
+    if each == 1 or not 0 < gpus < actors * each:
+        return
+    fixes = [to_type("placement.gpus_per_actor", max(1, gpus // actors))]
+    if each <= gpus:
+        fixes.append(to_type("placement.actors", gpus // each))
+    raise ConfigError(
+        f"{_count(actors, 'actor')} of placement.gpus_per_actor = {each} would be on {_count(actors * each, 'GPU')}, "
+        f"and there {'is' if gpus == 1 else 'are'} {gpus}",
+        f"type {' or '.join(fixes)}",
+    )
 
 
 def check_lora(config: Config) -> None:
@@ -111,16 +128,22 @@ def check_asynchronous(config: Config) -> None:
             f"type {to_type('rollout.sync_every', 1)}, or {to_type('rollout.asynchronous', False)}",
         )
     if config.explore.rule != "none":
+        reason = {
+            "apl": "asks the learner's reference before the oracle, and with --async the learner is at work then",
+            "passive": "has a head that learns from each step in turn, and --async samples steps ahead",
+        }.get(config.explore.rule, "chooses by what the step before has taught, and --async samples before that")
         raise ConfigError(
-            f"--explore {config.explore.rule} chooses by what the step before has taught, and --async samples before "
-            "that",
+            f"--explore {config.explore.rule} {reason}",
             f"type {to_type('rollout.asynchronous', False)}",
         )
     assert place.actors is not None and place.learners is not None and place.gpus is not None
-    if 0 < place.gpus < place.actors + place.learners:
+    if 0 < place.gpus < place.actors * place.gpus_per_actor + place.learners:
+        wants, of_each = "a GPU for each process", ""
+        if place.gpus_per_actor > 1:
+            wants, of_each = "GPUs of its own for each process", f" of {place.gpus_per_actor} GPUs each"
         raise ConfigError(
-            f"--async wants a GPU for each process, and {_count(place.learners, 'learner rank')} and "
-            f"{_count(place.actors, 'actor')} have {_count(place.gpus, 'GPU')}",
+            f"--async wants {wants}, and {_count(place.learners, 'learner rank')} and "
+            f"{_count(place.actors, 'actor')}{of_each} have {_count(place.gpus, 'GPU')}",
             f"type {to_type('rollout.asynchronous', False)}, or --learners and --actors that fit",
         )
 
@@ -208,6 +231,7 @@ def check_oracles(config: Config) -> None:
     for key, url in ((key, getattr(getattr(config, key.split(".")[0]), key.split(".")[1])) for key in urls):
         if url is not None:
             check_address(key, url)
+    _check_secrets(config)
     for key, weights, paths in (
         ("oracle.weights", config.oracle.weights, config.oracle.path),
         ("eval.weights", config.eval.weights, config.eval.oracle),
@@ -215,10 +239,29 @@ def check_oracles(config: Config) -> None:
         _check_weights(key, weights, paths)
 
 
+def _check_secrets(config: Config) -> None:
+    """That a key or token which was meant for one host goes to no other."""
+    remote, judge, eval_ = config.remote, config.judge, config.eval
+    for kind, training, evaluation, variable, own, key in (
+        ("remote", remote.url, eval_.url, remote.token_env, eval_.token_env, "eval.token_env"),
+        ("judge", judge.url, eval_.judge_url, judge.key_env, eval_.judge_key_env, "eval.judge_key_env"),
+    ):
+        both_ask = kind in config.oracle.path and kind in config.eval.oracle
+        if not both_ask or own is not None or training is None or evaluation is None:
+            continue
+        hosts = [urlsplit(url).hostname for url in (training, evaluation)]
+        if hosts[0] != hosts[1]:
+            raise ConfigError(
+                f"evaluation asks {hosts[1]}, and the secret in {variable} is for {hosts[0]}",
+                f"name the variable with the other's, {to_type(key, 'NAME')}",
+            )
+
+
 def _check_weights(key: str, weights: tuple[float, ...], paths: tuple[str, ...]) -> None:
     if weights and len(weights) != len(paths):
+        there = f"there {'is' if len(paths) == 1 else 'are'} {_count(len(paths), 'oracle')}"
         raise ConfigError(
-            f"{key} has {_count(len(weights), 'number')}, and there are {_count(len(paths), 'oracle')}",
+            f"{key} has {_count(len(weights), 'number')}, and {there}",
             f"type {to_type(key, ','.join('1' * len(paths)))}" if len(paths) > 1 else "leave it out",
         )
 

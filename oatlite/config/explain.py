@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from oatlite.config.dump import toml_value
 from oatlite.config.flags import to_type
-from oatlite.config.keys import fields_of, nearest
+from oatlite.config.keys import fields_of, is_private, nearest
 from oatlite.errors import ConfigError
 
 MUST_BE = {
@@ -26,6 +26,7 @@ MUST_BE = {
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "literal_error": "must be {expected}",
+    "enum": "must be {expected}",
     "missing": "has too few values",
     "too_long": "has too many values",
     "value_error": "{error}",  # of a validator of ours, in its own words
@@ -38,11 +39,17 @@ def explain(error: ValidationError, sources: Mapping[str, str]) -> ConfigError:
     mistakes = error.errors(include_url=False)
     first = mistakes[0]
     key = _key(first["loc"])
-    must_be = MUST_BE.get(first["type"], first["msg"]).format(**first.get("ctx", {}))
     shown = first["input"] if not isinstance(first["input"], str) else repr(first["input"])
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     source = sources.get(key, "default")
-    return ConfigError(f"{key} = {shown} ({source}) {must_be}{more}", _example(key, first, source))
+    given = key if is_private(key) else f"{key} = {shown}"
+    return ConfigError(f"{given} ({source}) {must_be(error)}{more}", _example(key, first, source))
+
+
+def must_be(error: ValidationError) -> str:
+    """What the first mistake should be."""
+    first = error.errors(include_url=False)[0]
+    return MUST_BE.get(first["type"], first["msg"]).format(**first.get("ctx", {}))
 
 
 def _key(loc: tuple[int | str, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from typing import Any
 
@@ -50,6 +51,7 @@ FLAGS: dict[str, str] = {
     "placement.gpus": "--gpus",
     "placement.actors": "--actors",
     "placement.learners": "--learners",
+    "placement.gpus_per_actor": "--gpus-per-actor",
     "eval.every": "--eval-every",
     "eval.every_queries": "--eval-every-queries",
     "eval.oracle": "--eval-oracle",
@@ -58,6 +60,12 @@ FLAGS: dict[str, str] = {
     "checkpoint.save_every": "--save-every",
     "checkpoint.keep_last": "--keep-last",
 }
+
+
+def program() -> str:
+    """The word that starts a command line of ours, quoted for a shell: ``oatlite``, or what ``cli/bootstrap.py`` says
+    that finds it where the person's shell does not."""
+    return shlex.quote(os.environ.get("OATLITE_COMMAND") or "oatlite")
 
 
 def to_type(key: str, value: Any) -> str:

@@ -31,6 +31,11 @@ def types_of(field: FieldInfo) -> tuple[Any, ...]:
     return (field.annotation,) if is_list else get_args(field.annotation) or (field.annotation,)
 
 
+def is_private(key: str) -> bool:
+    """Whether its value is shown nowhere: it names a secret's variable, and a person may have pasted the secret."""
+    return key.endswith("_env")
+
+
 def check_key(key: str, source: str, algorithm: str) -> None:
     """Raises :class:`ConfigError` with the nearest key unless there is an option ``key``."""
     section, _, name = key.partition(".")

@@ -16,6 +16,7 @@ from oatlite.config.keys import (
     OPTIONS,
     SECTIONS,
     fields_of,
+    is_private,
     nearest,
     types_of,
     unknown_key,
@@ -87,26 +88,27 @@ def read_file(path: Path, source: str) -> Layer:
 def command_line(flags: Mapping[str, Any], sets: Iterable[str]) -> Layer:
     layer = {key: Given(value, FLAGS.get(key, key)) for key, value in flags.items()}
     for text in sets:
-        source = f"--set {text}"
         key, equals, raw = (part.strip() for part in text.partition("="))
+        source = f"--set {key}=..." if is_private(key) else f"--set {text}"
         if not equals:
             raise ConfigError(f"{source}: no setting", "type --set section.key=value, as in --set learner.lr=1e-6")
         if key in SECTIONS:
             raise ConfigError(f"{key} ({source}) is a section", f"type --set {key}.KEY=VALUE")
-        given = Given(_parse(key, raw), source)
+        given = Given(_parse(key, raw, source), source)
         if key in layer and layer[key].value != given.value:
-            raise ConfigError(f"{key} is given twice: {layer[key].source} {layer[key].value} and {source}", "keep one")
+            before = layer[key].source if is_private(key) else f"{layer[key].source} {layer[key].value}"
+            raise ConfigError(f"{key} is given twice: {before} and {source}", "keep one")
         layer[key] = given
     return layer
 
 
-def _parse(key: str, raw: str) -> Any:
+def _parse(key: str, raw: str, source: str) -> Any:
     """A TOML value; a bare word is text, and so is anything meant for an option that takes nothing but text."""
     try:
         document = tomllib.loads(f"value = {raw}")
     except tomllib.TOMLDecodeError as error:
         if raw[:1] in ("'", '"', "[", "{"):
-            raise ConfigError(f"--set {key}={raw}: no valid TOML value: {error}", "quote it for the shell") from None
+            raise ConfigError(f"{source}: no valid TOML value: {error}", "quote it for the shell") from None
         return raw
     except RecursionError:
         raise ConfigError(f"--set {key}: the value is nested too deeply", "give one value or a list") from None

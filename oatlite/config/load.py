@@ -19,7 +19,7 @@ from oatlite.config.resolve import DEMO, resolve, resolve_inference
 from oatlite.config.schema import Config
 from oatlite.config.steps import num_steps
 from oatlite.config.task import ONLINE_ONLY, check_task
-from oatlite.config.unread import check_read_offline, check_read_online
+from oatlite.config.unread import check_read_offline, check_read_online, check_read_oracles
 from oatlite.errors import ConfigError
 from oatlite.hardware import gpu_names
 
@@ -72,6 +72,8 @@ def load_config(
     check_read_online(merged)
     if is_offline:
         check_read_offline(merged)
+    else:
+        check_read_oracles(merged, config)
     return config
 
 

@@ -18,8 +18,8 @@ def for_evaluation(config: Config) -> Config:
     eval_ = config.eval
     own: dict[str, dict[str, Any]] = {
         "oracle": {"path": eval_.oracle, "chat_template": eval_.chat_template, "max_tokens": eval_.max_tokens},
-        "remote": {"url": eval_.url},
-        "judge": {"model": eval_.judge_model, "url": eval_.judge_url},
+        "remote": {"url": eval_.url, "token_env": eval_.token_env},
+        "judge": {"model": eval_.judge_model, "url": eval_.judge_url, "key_env": eval_.judge_key_env},
     }
     changed = {
         section: getattr(config, section).model_copy(

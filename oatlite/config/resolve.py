@@ -12,6 +12,7 @@ from oatlite.config.combinations import (
     check_asynchronous,
     check_batches,
     check_gpus,
+    check_gpus_per_actor,
     check_lora,
     check_offload,
     check_oracles,
@@ -23,7 +24,7 @@ from oatlite.config.combinations import (
 from oatlite.config.flags import to_type
 from oatlite.config.on_disk import check_paths, check_run_folder
 from oatlite.config.oracle_names import PAIRRM
-from oatlite.config.placement import places
+from oatlite.config.placement import all_share_gpus
 from oatlite.config.schema import Config
 from oatlite.errors import ConfigError
 
@@ -41,6 +42,7 @@ def resolve(config: Config, num_gpus: int, *, is_resumed: bool = False) -> Confi
     """
     check_gpus(config, num_gpus)
     resolved = Config.model_validate(_filled(config, num_gpus))
+    check_gpus_per_actor(resolved)
     check_lora(resolved)
     check_quantization(resolved)
     check_offload(resolved)
@@ -48,7 +50,7 @@ def resolve(config: Config, num_gpus: int, *, is_resumed: bool = False) -> Confi
     check_samplers(resolved)
     check_asynchronous(resolved)
     check_ranks(resolved)
-    resolved = _with_transport(resolved)
+    resolved = _with_sleep(_with_transport(resolved))
     check_batches(resolved, batch_size_is_default=config.learner.batch_size is None)
     check_oracles(resolved)
     check_paths(resolved)
@@ -84,12 +86,15 @@ def _filled(config: Config, num_gpus: int) -> dict[str, Any]:
 
     default(placement, "gpus", num_gpus)
     on_gpu = placement["gpus"] > 0
+    each = 1 if config.rollout.offline else placement["gpus_per_actor"]
     if values["rollout"]["asynchronous"] and placement["gpus"] > 1:  # each side has GPUs of its own
-        others = placement["gpus"] - (placement["actors"] or placement["gpus"] // 2)
-        default(placement, "learners", max(1, min(others, placement["gpus"] // 2)))
-        default(placement, "actors", placement["gpus"] - placement["learners"])
-    default(placement, "learners", min(placement["gpus"] or 1, placement["actors"] or math.inf))
-    default(placement, "actors", 0 if config.rollout.offline else max(placement["gpus"], placement["learners"]))
+        half = placement["gpus"] // 2
+        actors = placement["actors"] or max(1, half // each)
+        default(placement, "learners", max(1, min(placement["gpus"] - actors * each, half, actors)))
+        default(placement, "actors", max(1, (placement["gpus"] - placement["learners"]) // each))
+    num_places = placement["gpus"] // each
+    default(placement, "learners", min(num_places or 1, placement["actors"] or math.inf))
+    default(placement, "actors", 0 if config.rollout.offline else max(num_places, placement["learners"]))
     default(model, "reference", model["path"])
     default(model, "dtype", "bfloat16" if on_gpu else "float32", unset="auto")
     values["explore"]["encoder"] = PAIRRM.get(values["explore"]["encoder"], values["explore"]["encoder"])
@@ -111,9 +116,7 @@ def _filled(config: Config, num_gpus: int) -> dict[str, Any]:
 def _with_transport(config: Config) -> Config:
     """CUDA IPC where every actor shares its learner's GPU; each process sees its own GPU alone."""
     asked = config.sync.transport
-    all_places = places(config, cores=(0,))
-    gpu_of_rank = {place.index: place.gpu for place in all_places if place.role == "learner"}
-    is_shared = all(place.gpu is not None and place.gpu == gpu_of_rank[place.serves] for place in all_places)
+    is_shared = all_share_gpus(config)
     if asked == "cuda_ipc" and not is_shared:
         raise ConfigError(
             "sync.transport = cuda_ipc reaches actors on their learner's GPU, and here they have GPUs of their own",
@@ -121,6 +124,26 @@ def _with_transport(config: Config) -> Config:
         )
     transport = ("cuda_ipc" if is_shared else "shm") if asked == "auto" else asked
     return config.model_copy(update={"sync": config.sync.model_copy(update={"transport": transport})})
+
+
+def _with_sleep(config: Config) -> Config:
+    """vLLM sleeps where a learner has use for its memory."""
+    each = config.placement.gpus_per_actor
+    can_sleep = not config.rollout.offline and all_share_gpus(config) and each == 1
+    asked = config.placement.sleep
+    if asked and each > 1:
+        raise ConfigError(
+            f"placement.sleep = true, and an engine over placement.gpus_per_actor = {each} GPUs does not sleep",
+            f"type {to_type('placement.sleep', False)}",
+        )
+    if asked and not can_sleep:
+        raise ConfigError(
+            "placement.sleep = true gives vLLM's memory to a learner on the same GPU, and here not every actor is on "
+            "its learner's",
+            f"type {to_type('placement.sleep', False)}",
+        )
+    placement = config.placement.model_copy(update={"sleep": can_sleep if asked is None else asked})
+    return config.model_copy(update={"placement": placement})
 
 
 def _new_name(config: Config) -> str:

@@ -11,13 +11,15 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from oatlite.config.algorithms import AlgorithmConfig, SimPOConfig
-from oatlite.config.section import Probability, Section
+from oatlite.config.section import Probability, Section, VariableName
 
 PROMPT = "{prompt}"
 """Where the prompt goes in ``data.prompt_template``."""
 MAX_PROCESSES = 1024
 MAX_PER_STEP = 100_000
 """Prompts or pairs; what is made for each of them must fit into memory, and into a message."""
+MAX_PAIRS = 4096
+"""Of a request to a server."""
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -58,7 +60,7 @@ class ModelConfig(Section):
     path: str | None = Field(None, description="policy: a folder, a hub id, or demo")
     reference: str | None = Field(None, description="reference policy; default: the initial policy")
     dtype: DTypeName = Field("auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
-    trust_remote_code: bool = Field(False, description="run code that comes with a model")
+    trust_remote_code: bool = Field(False, description="run code that comes with a model, a reward model too")
 
 
 class DataConfig(Section):
@@ -77,7 +79,7 @@ class DataConfig(Section):
     margin_key: str | None = Field(
         None, description="offline: column of the better answer's reward minus the worse one's, for kl and rev_kl"
     )
-    chat_template: bool = Field(False, description="wrap each prompt in the tokenizer's chat template")
+    chat_template: bool = Field(False, description="wrap each prompt in the policy's chat template")
     prompt_template: str | None = Field(
         None,
         description="text around each prompt, with {prompt} in its place, for a model without a chat template; of a "
@@ -90,7 +92,9 @@ class DataConfig(Section):
     max_prompts: PositiveInt | None = Field(None, description="prompts per epoch; default: all")
     epochs: PositiveInt = Field(1, description="passes over the prompts")
     max_queries: PositiveInt | None = Field(
-        None, description="stop after so many oracle queries; default: one for each prompt of each epoch"
+        None,
+        description="stop after so many oracle queries of training, those of evaluation not counted; default: one for "
+        "each prompt of each epoch",
     )
 
 
@@ -174,9 +178,15 @@ class OracleConfig(Section):
         "rewards are added",
     )
     weights: Numbers = Field((), description="of several oracles, as in 0.7,0.3; default: 1 each")
-    chat_template: bool = Field(False, description="wrap prompt and response in the oracle's chat template")
-    max_tokens: PositiveInt = Field(
-        1024, description="prompt and response (of pairrm: both) together; longer pairs carry no weight"
+    chat_template: bool | None = Field(
+        None,
+        description="wrap prompt and response in the reward model's chat template; default: no, which is said where it "
+        "has one",
+    )
+    max_tokens: PositiveInt | None = Field(
+        None,
+        description="prompt and response (of pairrm: both) together; longer pairs carry no weight; default: 1024, of "
+        "pairrm 2048",
     )
     batch_tokens: PositiveInt = Field(8192, description="padded tokens per oracle forward pass")
     dtype: DTypeName = "auto"
@@ -190,11 +200,11 @@ class RemoteConfig(Section):
     """A reward model or another oracle behind ``oatlite serve-oracle``, or oat's server."""
 
     url: str | None = Field(None, description="server of --oracle remote, as in http://127.0.0.1:8000")
-    batch_size: PositiveInt = Field(32, description="pairs per request")
+    batch_size: Annotated[int, Field(gt=0, le=MAX_PAIRS)] = Field(32, description="pairs per request")
     concurrency: PositiveInt = Field(4, description="requests at once, of each actor")
     timeout_s: PositiveFloat = Field(60, description="one request may take so long; then it is asked again")
     max_answer_mib: PositiveInt = Field(16, description="a longer answer is refused")
-    token_env: str = Field(
+    token_env: VariableName = Field(
         "OATLITE_ORACLE_TOKEN", description="environment variable with the server's token, if it wants one"
     )
 
@@ -204,9 +214,11 @@ class JudgeConfig(Section):
 
     model: str | None = Field(None, description="name of the judge at its endpoint, for --oracle judge")
     url: str = Field("https://api.openai.com/v1", description="OpenAI-compatible endpoint of --oracle judge")
-    key_env: str = Field("OPENAI_API_KEY", description="environment variable with the endpoint's key")
-    template: str | None = Field(
-        None, description="what the judge is asked: summaries, general, or a file of yours; default: summaries"
+    key_env: VariableName = Field("OPENAI_API_KEY", description="environment variable with the endpoint's key")
+    template: str = Field(
+        "general",
+        description="what the judge is asked: general, for the better reply to a request, summaries, for the better "
+        "summary of a post, or a file of yours",
     )
     max_tokens: PositiveInt = Field(
         1, description="tokens that the judge may write; with more than one, its verdict is the last word"
@@ -238,7 +250,9 @@ class ExploreConfig(Section):
         True, description="a second choice equal to the first becomes a random other; else the prompt is left out"
     )
     allow_second_best: bool = Field(False, description="sea-ee: a member's second best may be the second choice")
-    max_tries: PositiveInt | None = Field(None, description="sea-ee: members asked for a second choice; default: all")
+    max_tries: PositiveInt | None = Field(
+        None, description="sea-ee: members asked, that of the first choice counted in; default: all"
+    )
     head_only: bool = Field(False, description="only the head learns, and the policy stays (EE4LLM, arXiv 2402.00396)")
     entropy_share: PositiveShare = Field(
         0.5, description="apl: share of the prompts that is kept, those whose responses are the least likely"
@@ -274,8 +288,14 @@ class EvalConfig(Section):
     chat_template: bool | None = Field(None, description="of the oracle of evaluation; default: oracle.chat_template")
     max_tokens: PositiveInt | None = Field(None, description="of the oracle of evaluation; default: oracle.max_tokens")
     url: str | None = Field(None, description="server of --eval-oracle remote; default: remote.url")
+    token_env: VariableName | None = Field(
+        None, description="environment variable with that server's token; default, at the same host: remote.token_env"
+    )
     judge_model: str | None = Field(None, description="judge of --eval-oracle judge; default: judge.model")
     judge_url: str | None = Field(None, description="endpoint of that judge; default: judge.url")
+    judge_key_env: VariableName | None = Field(
+        None, description="environment variable with that judge's key; default, at the same host: judge.key_env"
+    )
     best_of_n: PositiveInt = Field(
         1, description="evaluate the best of so many samples, picked by --oracle, and not the greedy response"
     )
@@ -313,12 +333,22 @@ class CheckpointConfig(Section):
 class PlacementConfig(Section):
     gpus: NonNegativeInt | None = Field(None, description="GPUs to use; default: all there are; 0: the CPU")
     actors: Annotated[NumProcesses, Field(ge=0)] | None = Field(
-        None, description="actor processes; default: one per GPU, or one"
+        None, description="actor processes; default: as many as have GPUs, or one"
     )
     learners: Annotated[NumProcesses, Field(gt=0)] | None = Field(
         None, description="learner ranks; default: one per GPU, or one"
     )
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(0.35, description="vLLM's share of a GPU")
+    gpus_per_actor: Annotated[NumProcesses, Field(gt=0)] = Field(
+        1, description="GPUs that an actor's engine is cut up over (tensor parallelism); on the CPU, processes"
+    )
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="vLLM's share of a GPU; default: computed from the GPU and the models, and not kept"
+    )
+    sleep: bool | None = Field(
+        None,
+        description="vLLM gives up its memory while the learner learns; default: where each actor shares its learner's "
+        "GPU",
+    )
     kv_cache_gib: PositiveFloat = Field(1.0, description="vLLM's cache on CPU")
 
 
@@ -330,13 +360,15 @@ class SyncConfig(Section):
 class TimeoutConfig(Section):
     """Seconds. A peer that stays silent for longer ends the run with exit code 7."""
 
-    start_s: PositiveFloat = 600
+    start_s: PositiveFloat = Field(900, description="for models, which may have to be downloaded first, and an engine")
     generate_s: PositiveFloat = 900
     oracle_s: PositiveFloat = 300
     learn_s: PositiveFloat = 1800
     sync_s: PositiveFloat = 300
     stop_s: PositiveFloat = Field(300, description="for the step and the checkpoint that SIGTERM waits for")
-    silence_s: PositiveFloat = Field(60, description="a process that gives no sign of life for longer is dead")
+    silence_s: PositiveFloat = Field(
+        60, description="a process that gives no sign of life for longer, from its start on, is dead"
+    )
 
 
 class Config(Section):

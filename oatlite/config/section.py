@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+
+def _variable(value: str) -> str:
+    """Not the secret itself, which has small letters or signs, if not both."""
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+        raise ValueError("must be the name of an environment variable, in capitals, and never the secret itself")
+    return value
+
+
+VariableName = Annotated[str, AfterValidator(_variable)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 

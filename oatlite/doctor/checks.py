@@ -9,10 +9,10 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 
 from oatlite.config.flags import to_type
-from oatlite.config.schema import PlacementConfig, SyncConfig
+from oatlite.config.schema import SyncConfig
 from oatlite.doctor.findings import Finding, Status
 from oatlite.doctor.machine import GpuState, Limit, Machine, Package, Space
-from oatlite.hardware import expandable_segments
+from oatlite.hardware import existing_ancestor, unshareable_memory
 from oatlite.launcher import LONGEST_BASE_BYTES
 from oatlite.leftovers import Leftovers
 
@@ -21,7 +21,8 @@ NAMED = ("torch", "vllm", "deepspeed", "transformers")
 """Packages with a line of their own; the others share one."""
 BUFFER_BYTES = 2 * SyncConfig().bucket_mib << 20
 """Two buckets of weights, of the size that is the default: a model that needs more than one takes this much."""
-GPU_SHARE = PlacementConfig().gpu_memory_utilization
+GPU_SHARE = 0.35
+"""A GPU with less of it free is somebody else's: a run's own share depends on its models, and is not known here."""
 DISK_NEEDED, DISK_WANTED = 1 * GIB, 32 * GIB
 """With 16 bytes a parameter, two checkpoints of a model of a billion parameters; a new one is made beside the last."""
 MEMORY_NEEDED, MEMORY_WANTED = 3 * GIB, 8 * GIB
@@ -122,7 +123,7 @@ def _gpu(number: int, gpu: GpuState) -> str:
 def _free_gpus(gpus: Sequence[GpuState], used: Sequence[int]) -> str:
     processes = sorted({process.pid for number in used for process in gpus[number].processes})
     numbers = " ".join(map(str, processes))
-    fix = f"kill {numbers} if that is yours" if processes else "nvidia-smi  # says who uses it"
+    fix = f"kill {numbers}  # if that is yours" if processes else "nvidia-smi  # says who uses it"
     others = [number for number in range(len(gpus)) if number not in used]
     if others:
         fix += f", or export CUDA_VISIBLE_DEVICES={','.join(map(str, others))}"
@@ -140,7 +141,9 @@ def check_driver(machine: Machine) -> Finding:
     detail += f"; torch is built for {built}"
     # Within a major version of CUDA, a newer build runs on an older driver.
     if machine.driver_cuda is not None and machine.driver_cuda[0] < int(built.partition(".")[0]):
-        return Finding("driver", "problem", detail, f"update the NVIDIA driver to one for CUDA {built}")
+        return Finding(
+            "driver", "problem", detail, f"sudo apt-get install cuda-drivers  # NVIDIA's, for CUDA {built} or later"
+        )
     return Finding("driver", "ok", detail)
 
 
@@ -156,10 +159,11 @@ def check_peers(machine: Machine) -> Finding:
 
 
 def check_allocator(machine: Machine) -> Finding:
-    variable = expandable_segments(machine.environment)
-    if variable is None:
+    found = unshareable_memory(machine.environment)
+    if found is None:
         return Finding("allocator", "ok", "no setting that breaks CUDA IPC")
-    detail = f"{variable} has expandable_segments:True, which CUDA IPC cannot share"
+    variable, setting = found
+    detail = f"{variable} has {setting}, which CUDA IPC cannot share"
     fix = f"unset {variable}, or {to_type('sync.transport', 'shm')}"
     return Finding("allocator", "problem" if machine.num_gpus else "warning", detail, fix)
 
@@ -176,22 +180,25 @@ def check_shared_memory(machine: Machine) -> Finding:
     if space.total_bytes < 2 * BUFFER_BYTES:
         fix = f"sudo mount -o remount,size=2G {space.path}, or docker run --shm-size=2g"
     else:
-        fix = f"remove what you do not need: ls -lS {space.path}"
+        fix = f"ls -lS {space.path}  # remove what you do not need"
     # With a GPU, weights go by CUDA IPC as a rule.
     return Finding("shared-memory", "warning" if machine.gpus else "problem", detail, fix)
 
 
 def check_disk(machine: Machine) -> Finding:
     space = machine.disk
-    elsewhere = f"free some, or {to_type('run.dir', '/a/larger/disk')}"
+    folder = shlex.quote(str(existing_ancestor(space.path)))
+    elsewhere = f"oatlite train {to_type('run.dir', '/another/disk')}"
     if not space.is_writable:
-        return Finding("disk", "problem", f"{space.path} cannot be written", to_type("run.dir", "/a/folder/of/yours"))
+        return Finding("disk", "problem", f"{space.path} cannot be written", elsewhere)
     if not space.num_files:
-        return Finding("disk", "problem", f"no more files can be made in {space.path}", elsewhere)
+        fix = f"du --inodes -x {folder} | sort -n | tail  # where files are many, or {elsewhere}"
+        return Finding("disk", "problem", f"no more files can be made in {space.path}", fix)
     if space.free_bytes >= DISK_WANTED:
         return Finding("disk", "ok", _room(space))
     detail = f"{_room(space)}; two checkpoints of a billion parameters take {_gib(DISK_WANTED)}"
-    return Finding("disk", "problem" if space.free_bytes < DISK_NEEDED else "warning", detail, elsewhere)
+    fix = f"du -xh {folder} | sort -h | tail  # what is large, or {elsewhere}"
+    return Finding("disk", "problem" if space.free_bytes < DISK_NEEDED else "warning", detail, fix)
 
 
 def _room(space: Space) -> str:
@@ -212,9 +219,9 @@ def check_memory(machine: Machine) -> Finding:
         )
     if available >= MEMORY_WANTED:
         return Finding("memory", "ok", detail)
-    fix = "end what you do not need: ps aux --sort=-rss | head"
+    fix = "ps aux --sort=-rss | head  # end what you do not need"
     if machine.memory_limit is not None and machine.memory_limit.limit < MEMORY_WANTED:
-        fix = f"raise the container's limit: docker run --memory={_gib(2 * MEMORY_WANTED)}g"
+        fix = f"docker run --memory={_gib(2 * MEMORY_WANTED)}g ..."
     return Finding("memory", "problem" if available < MEMORY_NEEDED else "warning", detail, fix)
 
 
@@ -227,7 +234,9 @@ def check_cores(machine: Machine) -> Finding:
     processes = 2 * max(1, len(machine.gpus))
     if machine.cores < processes:
         detail += f"; learners and actors are {processes}, and share them"
-        return Finding("cores", "warning", detail, f"give the container or the job {processes} cores")
+        return Finding(
+            "cores", "warning", detail, f"docker run --cpus={processes} ..., or sbatch --cpus-per-task={processes} ..."
+        )
     return Finding("cores", "ok", detail)
 
 
@@ -266,7 +275,7 @@ def check_processes(machine: Machine) -> Finding:
     if group is not None and (left is None or group.limit - group.used < left):
         left = group.limit - group.used
         detail = f"{group.used} threads of {group.limit} in this container"
-        fix = "raise the container's limit: docker run --pids-limit=-1"
+        fix = "docker run --pids-limit=-1 ..."
     if left is None or left >= THREADS_WANTED:
         return Finding("processes", "ok", detail)
     return Finding("processes", "problem" if left < THREADS_NEEDED else "warning", f"{detail}, {left} left", fix)

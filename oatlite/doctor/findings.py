@@ -12,7 +12,7 @@ STORAGE = frozenset({"shared-memory", "disk"})
 
 
 class Finding(NamedTuple):
-    """``name`` is stable, ``detail`` what was found, and ``fix`` what to type or to do (empty where nothing is wrong).
+    """``name`` is stable, ``detail`` what was found, and ``fix`` what to type (empty where nothing is wrong).
 
     A problem keeps a run from working, a warning makes it slow, fragile or costly; what could not be looked at is
     skipped.

@@ -113,8 +113,7 @@ def _try(name: str, trial: Callable[[], str]) -> None:
     try:
         detail = trial()
     except (OatliteError, MalformedMessage, OSError, RuntimeError) as error:  # torch raises the last
-        fix = error.fix if isinstance(error, OatliteError) else ""
-        _tell(name, error=_words(error), fix=fix)
+        _tell(name, error=_words(error))
     else:
         _tell(name, detail=f"{detail} in {1000 * (time.monotonic() - started):.0f} ms")
 

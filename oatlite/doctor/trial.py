@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +18,10 @@ from oatlite.launcher import LocalLauncher
 TRIALS = ("messages", "weights-shm", "weights-cuda-ipc")
 LONGEST_S = 180.0
 """Two minutes for both processes to import torch on a busy machine, ten seconds for each transport, and some."""
-LAST_RESORT = {
-    "messages": "export TMPDIR=/tmp, and make sure that Unix sockets work there",
-    "weights-shm": "free some of /dev/shm, or docker run --shm-size=2g",
-    "weights-cuda-ipc": to_type("sync.transport", "shm"),
+FIXES = {
+    "messages": "export TMPDIR=/tmp  # or another folder where Unix sockets work",
+    "weights-shm": "oatlite doctor --clean, or sudo mount -o remount,size=2G /dev/shm, or docker run --shm-size=2g",
+    "weights-cuda-ipc": f"oatlite train {to_type('sync.transport', 'shm')}",
 }
 
 
@@ -43,7 +44,7 @@ def try_transports() -> Trial:
             codes = {role: peer.exit_code() for role, peer in peers.items()}
     except OSError as error:
         detail = f"no process can be started there: {error.filename or ''} {error.strerror or error}"
-        return Trial(None, [Finding(name, "problem", detail, LAST_RESORT["messages"]) for name in TRIALS])
+        return Trial(None, [Finding(name, "problem", detail, FIXES["messages"]) for name in TRIALS])
     told = {line["name"]: line for line in _told(logs["learner"])}
     broken = "" if ended and codes["learner"] == 0 else _last_words(codes, logs)
     view = _torch_view(told["torch"]) if "torch" in told else None
@@ -83,9 +84,9 @@ def _last_words(codes: Mapping[str, int | None], logs: Mapping[str, str]) -> str
 def finding(name: str, told: Mapping[str, Any] | None, view: TorchView | None, broken: str) -> Finding:
     """What the learner ``told`` of a transport, or why it told nothing: ``broken`` says how the trial ended."""
     if told is not None and "error" in told:
-        return Finding(name, "problem", told["error"], told["fix"] or LAST_RESORT[name])
+        return Finding(name, "problem", told["error"], FIXES[name])
     if told is not None:
         return Finding(name, "ok", told["detail"])
     if view is not None and not view.devices and name == "weights-cuda-ipc":
         return Finding(name, "skipped", "not checked: no GPU that torch sees")
-    return Finding(name, "problem", broken, f"{sys.executable} -m pip check, and mend what it names")
+    return Finding(name, "problem", broken, f"{shlex.quote(sys.executable)} -m pip check  # names what to mend")

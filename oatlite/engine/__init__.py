@@ -1,8 +1,8 @@
 """The only package that knows vLLM: an engine inside this process that samples, and takes new weights while running.
+Over several GPUs its scheduler stays here, and the model is in vLLM's workers: :mod:`oatlite.engine.model`.
 
-The engine is a state machine of two states. ``READY`` generates; ``LOADING`` takes weights, bucket by bucket, and
-refuses to generate until the update is complete. An engine that fails while loading is tainted for good: half of its
-layers are new, and only a fresh process helps.
+The engine is a state machine (:mod:`oatlite.engine.states`): it generates when ``READY``, and refuses to while it takes
+weights, bucket by bucket, and while it sleeps. One that fails in between is tainted for good.
 
 Responses of the **reference** come from the same engine and the same cache of keys and values. With an adapter they are
 requests without it, in one batch with the policy's. Else the reference's weights are loaded in the place of the
@@ -16,52 +16,40 @@ Responses of a **mixture** need both models at each token: :mod:`oatlite.engine.
 
 from __future__ import annotations
 
-import enum
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from oatlite.engine.mixing import MIXTURE, mix_in, mixing_arguments, waves
+from oatlite.engine.mixing import mix_in, mixing_arguments, waves
+from oatlite.engine.model import LocalModel, ShardedModel, load_checked
 from oatlite.engine.options import EngineOptions, engine_arguments, prepare_environment
-from oatlite.engine.reload import begin_reload, finish_reload, release
+from oatlite.engine.requests import Sample, sample_of, sampling_params
+from oatlite.engine.shared_memory import name_after_run, name_meeting_after_run
+from oatlite.engine.states import Move, State, after
+from oatlite.engine.swap import SwappedWeights
 from oatlite.errors import ConfigError, WorkerDied
 from oatlite.lora import AdapterOptions, write_adapter
 from oatlite.samplers import MIXTURES, coefficients
 from oatlite.sampling import SamplingOptions
+from oatlite.weights import WeightReader
 
 if TYPE_CHECKING:
     import torch
 
+    from oatlite.messages import CudaIpcHandle, ShmHandle, WeightManifest
     from oatlite.next_token import NextTokens
 
 
 __all__ = ["Engine", "EngineOptions", "Sample", "State"]
 
+Done = TypeVar("Done")
 WARM_UP = SamplingOptions(temperature=1.0, max_new_tokens=4)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One response: token ids, the log-probability of each (T,) under its sampler's distribution at temperature 1, and
-    its text without EOS."""
-
-    tokens: npt.NDArray[np.int32]
-    logprobs: npt.NDArray[np.float32]
-    text: str
-    is_finished: bool
-
-
-class State(enum.Enum):
-    READY = "ready"
-    LOADING = "loading"
-    TAINTED = "tainted"
 
 
 class Engine:
@@ -77,7 +65,13 @@ class Engine:
                 f"an engine with an adapter samples from no other reference than its base {options.path}",
                 "type --set lora.sync=merged",
             )
+        if options.is_sharded and options.samplers != {"policy"}:
+            raise ConfigError("an engine over several GPUs samples from the policy alone", "type --gpus-per-actor 1")
         prepare_environment(options)
+        if options.is_sharded:
+            name_after_run()
+            if options.device == "cpu":
+                name_meeting_after_run()
         from vllm import LLM
 
         arguments = engine_arguments(options) | (mixing_arguments() if options.mixes else {})
@@ -87,17 +81,22 @@ class Engine:
             fix = "if it is the adapter that it does not take: --set lora.sync=merged" if options.adapter else ""
             raise ConfigError(f"vLLM does not take the model {options.path}: {error}", fix) from error
         self._options = options
+        self._model = ShardedModel(self._llm) if options.is_sharded else self._local_model()
+        self._reader: WeightReader | None = None
         self._arriving: dict[str, torch.Tensor] = {}
         self._lora_request: Any = None
-        self._policy_copy: dict[str, torch.Tensor] = {}
-        self._reference_weights: Mapping[str, torch.Tensor] | None = None
+        self._swapped = self._swapped_weights() if options.swaps else None
         self._reference: NextTokens | None = self._put_beside() if options.mixes else None
         self.state = State.READY
 
+    def _local_model(self) -> LocalModel:
+        module = self._runner.get_model()
+        return LocalModel(module, self._llm.llm_engine.model_config, self._options.device)
+
     @property
-    def model(self) -> Any:
-        """The module that vLLM runs, for checks and for loading weights."""
-        return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    def _runner(self) -> Any:
+        """What runs the model, where it is in this process."""
+        return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
     def hugging_face_models(self) -> AbstractContextManager[None]:
         """Build Hugging Face models beside the engine inside this.
@@ -130,7 +129,7 @@ class Engine:
 
         def sample(indices: Sequence[int]) -> None:
             params = [
-                _params(
+                sampling_params(
                     seeds[i], sampling, mixture=self._coefficients(samplers[i]) if samplers[i] in MIXTURES else None
                 )
                 for i in indices
@@ -138,10 +137,10 @@ class Engine:
             inputs = [{"prompt_token_ids": prompts[i].tolist()} for i in indices]
             adapters = [None if samplers[i] == "reference" else self._lora_request for i in indices]
             outputs = self._llm.generate(inputs, params, use_tqdm=False, lora_request=adapters)
-            found.update(zip(indices, (_sample(output.outputs[0]) for output in outputs), strict=True))
+            found.update(zip(indices, (sample_of(output.outputs[0]) for output in outputs), strict=True))
 
         found: dict[int, Sample] = {}
-        swapped = [i for i, sampler in enumerate(samplers) if self._options.swaps and sampler == "reference"]
+        swapped = [i for i, sampler in enumerate(samplers) if self._swapped is not None and sampler == "reference"]
         others = [i for i in range(len(prompts)) if i not in set(swapped)]
         if self._reference is not None:
             num_tokens = max(map(len, prompts), default=0) + sampling.max_new_tokens
@@ -164,15 +163,15 @@ class Engine:
     ) -> Iterator[tuple[int, Sample]]:
         """As :meth:`generate`, but each sample with its index in (R,) as soon as it is complete."""
         self._require_ready()
-        params = [_params(seed, sampling, output_kind="FINAL_ONLY") for seed in seeds]
+        params = [sampling_params(seed, sampling, output_kind="FINAL_ONLY") for seed in seeds]
         for name, output in self._run(prompts, params):
             if output.finished:
-                yield int(name), _sample(output.outputs[0])
+                yield int(name), sample_of(output.outputs[0])
 
     def stream(self, prompt: npt.NDArray[np.int32], seed: int, sampling: SamplingOptions) -> Iterator[str]:
         """One response, piece by piece as its text becomes certain. Closing the iterator stops it."""
         self._require_ready()
-        params = _params(seed, sampling, output_kind="DELTA")
+        params = sampling_params(seed, sampling, output_kind="DELTA")
         for _, output in self._run([prompt], [params]):
             yield output.outputs[0].text
 
@@ -194,15 +193,20 @@ class Engine:
                 engine.abort_request(sorted(unfinished))
 
     def _require_ready(self) -> None:
-        if self.state is not State.READY:
-            raise RuntimeError(f"the engine cannot generate while it is {self.state.value}")
+        after(self.state, Move.GENERATE)
 
     def _coefficients(self, sampler: str) -> tuple[float, float]:
         return coefficients(sampler, self._options.mixture_weight)
 
     # ------------------------------------------------------------------ the reference
 
-    def _load_reference(self, path: str) -> Any:
+    def _swapped_weights(self) -> SwappedWeights:
+        options = self._options
+        assert options.reference is not None
+        is_pinned = options.device != "cpu"
+        return SwappedWeights(options.path, options.reference, self._load_beside, is_pinned=is_pinned)
+
+    def _load_beside(self, path: str) -> Any:
         from oatlite.models import load_policy
         from oatlite.weights import DTYPES
 
@@ -216,11 +220,11 @@ class Engine:
         from oatlite.next_token import NextTokens
 
         assert self._options.reference is not None
-        model = self._load_reference(self._options.reference)
+        model = self._load_beside(self._options.reference)
         reference = NextTokens(model, torch.device(self._options.device))
-        if self._options.swaps:
-            self._reference_weights = _named(model)
-        mix_in(self._llm.llm_engine.model_executor.driver_worker.worker.model_runner, reference)
+        if self._swapped is not None:
+            self._swapped.share_reference(model)
+        mix_in(self._runner, reference)
         return reference
 
     @contextmanager
@@ -228,40 +232,18 @@ class Engine:
         """Inside, the engine holds the reference's weights. If anything fails in there it is tainted."""
         import torch
 
+        assert self._swapped is not None
         with torch.no_grad():
-            if self._reference_weights is None:
-                assert self._options.reference is not None
-                self._reference_weights = self._hosted(_named(self._load_reference(self._options.reference)))
-            policy: Mapping[str, torch.Tensor] = self._policy_copy
-            if not policy:  # no sync has been: it holds what lies at its path
-                is_reference = self._options.path == self._options.reference
-                policy = self._reference_weights if is_reference else _named(self._load_reference(self._options.path))
-            try:
-                self._replace_weights(self._reference_weights)
+            reference, policy = self._swapped.reference(), self._swapped.policy()
+            with self._tainted_by_failure():
+                self._replace_weights(reference)
                 yield
                 self._replace_weights(policy)
-            except BaseException:
-                self.state = State.TAINTED
-                raise
-
-    def _hosted(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """The same in memory that a GPU copies from at full speed."""
-        return weights if self._options.device == "cpu" else {name: one.pin_memory() for name, one in weights.items()}
 
     def _replace_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         self.begin_load()
-        self._guarded(lambda: self._take(list(weights.items())))
+        self._guarded(lambda: self._here.take(list(weights.items())))
         self.finish_load()
-
-    def _copy_policy(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Keep what a sync brings, to load it again after the reference's weights."""
-        import torch
-
-        for name, tensor in tensors:
-            if name not in self._policy_copy:
-                is_pinned = self._options.device != "cpu"
-                self._policy_copy[name] = torch.empty_like(tensor, device="cpu", pin_memory=is_pinned)
-            self._policy_copy[name].copy_(tensor)
 
     # ------------------------------------------------------------------ weights
 
@@ -274,13 +256,27 @@ class Engine:
         return time.perf_counter() - start
 
     def begin_load(self) -> None:
-        """Enter ``LOADING``: the old weights are given up layer by layer from here on."""
-        if self.state is not State.READY:
-            raise RuntimeError(f"weights cannot be loaded while the engine is {self.state.value}")
-        self.state = State.LOADING
+        """The old weights are given up layer by layer from here on."""
+        self.state = after(self.state, Move.BEGIN_LOAD)
         self._arriving = {}
         if self._options.adapter is None:
-            begin_reload(self.model, self._options.device)
+            self._model.begin_load()
+
+    def open_weights(self, manifest: WeightManifest, handle: ShmHandle | CudaIpcHandle) -> None:
+        """Open the shared buffer that :meth:`load_shared` reads, wherever its tensors are wanted."""
+        if isinstance(self._model, ShardedModel) and self._options.adapter is None:
+            self._model.open_weights(manifest, handle)
+        else:
+            self._reader = WeightReader(manifest, handle)
+
+    def load_shared(self, bucket: int, checksum: str) -> float:
+        """Load a bucket of the shared buffer; nothing refers to it any more on return. Returns the seconds that loading
+        took. Raises WorkerDied where its bytes, as anyone reads them, are not those of ``checksum``."""
+        if self._reader is not None:
+            return load_checked(self._reader, bucket, checksum, self.load_bucket)
+        model = self._model
+        assert isinstance(model, ShardedModel), "opened first"
+        return self._guarded(lambda: model.load_bucket(bucket, checksum))
 
     def load_bucket(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Load tensors under their Hugging Face names. On return nothing refers to their memory any more."""
@@ -290,38 +286,31 @@ class Engine:
         self._arriving |= {name: tensor.to("cpu", copy=True) for name, tensor in tensors}
 
     def _load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        self._take(tensors)
-        release(self.model, tensors)
-        if self._options.swaps:
-            self._copy_policy(tensors)
-        self._wait_for_device()
+        if self._swapped is not None:
+            self._swapped.keep(tensors)
+        self._here.load(tensors)
 
-    def _take(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        loaded = self.model.load_weights(iter(tensors))
-        if loaded is not None and not loaded:
-            raise WorkerDied(f"vLLM took none of {len(tensors)} tensors, the first of them {tensors[0][0]}")
-
-    def _wait_for_device(self) -> None:
-        """Until what was queued has read its inputs: a copy on a GPU returns before it is done."""
-        if self._options.device != "cpu":
-            import torch
-
-            torch.cuda.synchronize()
+    @property
+    def _here(self) -> LocalModel:
+        assert isinstance(self._model, LocalModel), "workers load from the shared buffer"
+        return self._model
 
     def finish_load(self) -> None:
-        """Complete the update: leave ``LOADING``, wait for the device, forget what the old weights cached."""
+        """Complete the update: wait for the device, forget what the old weights cached."""
 
         def finish() -> None:
             if self._options.adapter is None:
-                finish_reload(self.model, self._llm.llm_engine.model_config)
+                self._model.finish_load()
             else:
                 self._replace_adapter(self._options.adapter)
-            self._wait_for_device()
-            if not self._llm.reset_prefix_cache():
-                raise WorkerDied("vLLM refused to reset its prefix cache; a request is still running")
+            self._forget_cached()
 
         self._guarded(finish)
-        self.state = State.READY
+        self.state = after(self.state, Move.FINISH_LOAD)
+
+    def _forget_cached(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise WorkerDied("vLLM refused to reset its prefix cache; a request is still running")
 
     def _replace_adapter(self, options: AdapterOptions) -> None:
         """Let vLLM load what arrived, in the place of the adapter before it. It takes adapters from files alone."""
@@ -334,48 +323,48 @@ class Engine:
         self._arriving = {}
         self._lora_request = LoRARequest("policy", 1, name)
 
-    def _guarded(self, action: Callable[[], None]) -> None:
-        if self.state is not State.LOADING:
-            raise RuntimeError(f"weights come only between begin_load and finish_load, not while {self.state.value}")
+    def _guarded(self, action: Callable[[], Done]) -> Done:
+        after(self.state, Move.LOAD)
+        with self._tainted_by_failure():
+            return action()
+
+    @contextmanager
+    def _tainted_by_failure(self) -> Iterator[None]:
         try:
-            action()
+            yield
         except BaseException:
             self.state = State.TAINTED
             raise
 
+    # ------------------------------------------------------------------ sleep
 
-def _params(
-    seed: int,
-    sampling: SamplingOptions,
-    *,
-    output_kind: str = "CUMULATIVE",
-    mixture: tuple[float, float] | None = None,
-) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    def sleep(self, *, keeps_weights: bool) -> None:
+        """Give up the GPU's memory, but for CUDA's context and graphs, which stay recorded.
 
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        max_tokens=sampling.max_new_tokens,
-        seed=None if sampling.is_greedy else int(seed) % 2**63,
-        logprobs=0,
-        flat_logprobs=True,
-        extra_args=None if mixture is None else {MIXTURE: mixture},
-        output_kind=RequestOutputKind[output_kind],
-    )
+        With ``keeps_weights`` (vLLM's level 1) they go to host memory, for whoever samples with them again: before the
+        next sync, in an evaluation, or with an adapter, whose base no sync sends. Without (level 2) they are dropped,
+        which saves a copy there and one back, where all of them are sent next.
+        """
+        if not self._options.sleeps or not (keeps_weights or self._options.adapter is None):
+            what = "sleep" if not self._options.sleeps else "drop the weights that its adapter is for"
+            raise RuntimeError(f"the engine was not started to {what}")
+        move = Move.SLEEP if keeps_weights else Move.SLEEP_EMPTY
+        self._move(move, lambda: self._llm.sleep(level=1 if keeps_weights else 2))
 
+    def wake(self) -> None:
+        """Take weights and cache back at once, without a sync."""
+        self._move(Move.WAKE, self._llm.wake_up)
 
-def _named(model: Any) -> Mapping[str, torch.Tensor]:
-    return {name: parameter.data for name, parameter in model.named_parameters()}
+    def wake_weights(self) -> None:
+        """Take back the memory of the weights, for :meth:`begin_load`."""
+        self._move(Move.WAKE_WEIGHTS, lambda: self._llm.wake_up(tags=["weights"]))
 
+    def wake_cache(self) -> None:
+        """Take back the memory of the cache after :meth:`finish_load`; what it held is gone, and vLLM knows."""
+        self._move(Move.WAKE_CACHE, lambda: self._llm.wake_up(tags=["kv_cache"]))
 
-def _sample(output: Any) -> Sample:
-    tokens = np.asarray(output.token_ids, dtype=np.int32)
-    logprobs = output.logprobs
-    assert logprobs is not None and len(logprobs) == len(tokens)
-    values = np.fromiter(
-        (logprobs.logprobs[logprobs.start_indices[i]] for i in range(len(tokens))), np.float32, len(tokens)
-    )
-    return Sample(tokens=tokens, logprobs=values, text=output.text, is_finished=output.finish_reason == "stop")
+    def _move(self, move: Move, action: Callable[[], object]) -> None:
+        state = after(self.state, move)
+        with self._tainted_by_failure():
+            action()
+        self.state = state

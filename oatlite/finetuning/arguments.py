@@ -52,7 +52,6 @@ def training_arguments(spec: RankSpec) -> Any:
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if options.gradient_checkpointing else None,
         "eval_strategy": "no",
         "save_strategy": "no",
-        "save_total_limit": 2,  # the newest may be torn
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,

@@ -11,7 +11,6 @@ from typing import Literal
 from oatlite.errors import ConfigError
 
 Task = Literal["policy", "reward model"]
-COMPLETE = "complete"  # a file in a checkpoint that was written to its end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,11 +18,13 @@ from oatlite.finetuning.arguments import training_arguments
 from oatlite.finetuning.options import RankSpec, TuningResult
 from oatlite.finetuning.order import training_order
 from oatlite.finetuning.pretrained import load_base
-from oatlite.finetuning.quiet import quiet
+from oatlite.finetuning.ranks import keep_beating
 from oatlite.finetuning.saving import adapter_config, save
 from oatlite.finetuning.trainers import Watcher, trainer_class
 from oatlite.fitting import Report
+from oatlite.quiet import quiet
 from oatlite.sources import first_line
+from oatlite.stacks import write_stacks_when_asked
 
 
 def train_rank(training: Dataset, held_out: Dataset, spec: RankSpec, report: Report) -> TuningResult:
@@ -77,6 +79,8 @@ def main(path: str) -> int:
     """Run one rank of several on a written :class:`RankSpec`; an error goes into a file of its own."""
     spec = RankSpec.read(Path(path))
     private, rank = Path(spec.private), int(os.environ["RANK"])
+    write_stacks_when_asked()
+    keep_beating(private, rank)
 
     def report(stage: str, done: int, total: int, figures: str) -> None:
         if rank == 0:

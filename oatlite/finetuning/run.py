@@ -1,8 +1,8 @@
 """Training of a model that exists, by TRL: what ``sft`` and ``reward-model`` share on this side of the ranks.
 
 Rows arrive as token ids. One rank without ZeRO runs in this process; several are processes of their own, which read
-one JSON file, meet by another file in a private folder, and are watched here. The output is complete or absent; what a
-stopped training left to go on from lies beside it, in ``<output>.checkpoints``.
+one JSON file, meet by another file in a private folder, and are watched (:mod:`oatlite.finetuning.ranks`). The output
+is complete or absent; what a stopped training left to go on from lies beside it, in ``<output>.checkpoints``.
 """
 
 from __future__ import annotations
@@ -11,28 +11,27 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import shutil
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oatlite.errors import BY_EXIT_CODE, CheckpointError, ConfigError, OatliteError, StorageError, WorkerDied
-from oatlite.finetuning.options import COMPLETE, Habits, RankSpec, TuningOptions, TuningResult
-from oatlite.finetuning.quiet import quiet
-from oatlite.launcher import LocalLauncher, Worker
+from oatlite.checkpoint import name_of, read, steps_of, unfinished
+from oatlite.errors import CheckpointError, ConfigError, StorageError
+from oatlite.finetuning.options import Habits, RankSpec, TuningOptions, TuningResult
+from oatlite.finetuning.ranks import run_ranks
+from oatlite.launcher import LocalLauncher
 from oatlite.model_checks import WEIGHTS
 from oatlite.output_folder import complete_or_absent
+from oatlite.quiet import quiet
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from oatlite.fitting import Report
 _ORIGIN, _LOCK = "training.json", "lock"
-_POLL_S = 0.1
+_TORN = "checkpoint-*"  # what transformers writes, until it is complete
 
 
 def checkpoints_of(output: Path) -> Path:
@@ -45,25 +44,22 @@ def check_resume(output: Path, *, resume: bool) -> Path | None:
     folder = checkpoints_of(output)
     if folder.exists() and not _is_ours(folder):
         raise ConfigError(f"{folder} is in the way: checkpoints would go there", "move it, or give another --output")
-    found = sorted(
-        (path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-    )
+    found = steps_of(folder)
     if resume and not found:
         raise ConfigError(f"{folder} has no complete checkpoint to go on from", "leave --resume out")
     if found and not resume:
         raise ConfigError(
             f"{folder} has checkpoints of a training that was stopped", "type --resume to go on, or remove that folder"
         )
-    return found[-1] if found else None
+    return folder / name_of(found[0]) if found else None
 
 
 def _is_ours(folder: Path) -> bool:
     """Whether nothing lies in it but what a training leaves, torn checkpoints included."""
-    return folder.is_dir() and (
-        (folder / _ORIGIN).is_file()
-        or all(path.name == _LOCK or path.name.startswith("checkpoint-") for path in folder.iterdir())
-    )
+    if not folder.is_dir() or (folder / _ORIGIN).is_file():
+        return folder.is_dir()
+    complete = (folder / name_of(step) for step in steps_of(folder))
+    return set(folder.iterdir()) <= {folder / _LOCK, *complete, *unfinished(folder), *folder.glob(_TORN)}
 
 
 def finetune(
@@ -80,8 +76,8 @@ def finetune(
 
     Rows of a policy have ``input_ids`` and ``labels`` (-100: no loss), those of a reward model ``chosen_ids`` and
     ``rejected_ids``. Equal rows, options and thread counts give equal weights on a CPU, also when ``resume`` goes on
-    with a training that was stopped. Raises ConfigError, CheckpointError for a checkpoint of another training,
-    StorageError where a disk refuses, WorkerDied when a rank is lost.
+    with a training that was stopped. Raises ConfigError, CheckpointError for a damaged checkpoint, StorageError where
+    a disk refuses, WorkerDied when a rank is lost, DeadlineExceeded when one gives no sign of life.
     """
     checkpoints = checkpoints_of(output)
     last = check_resume(output, resume=resume)
@@ -92,6 +88,10 @@ def finetune(
     with _held(checkpoints):
         try:
             (checkpoints / _ORIGIN).write_text(json.dumps(origin))
+            if last is not None:
+                _verify(last)
+            for path in checkpoints.glob(_TORN):
+                shutil.rmtree(path)
             # Within the checkpoints, so that a training that is killed leaves one folder and no other.
             model = checkpoints / "model"
             shutil.rmtree(model, ignore_errors=True)
@@ -114,7 +114,7 @@ def finetune(
         except OSError as error:
             raise StorageError(f"cannot write beside {output}: {error.strerror or error}") from error
         finally:
-            if not is_trained and not any(checkpoints.glob(f"checkpoint-*/{COMPLETE}")):
+            if not is_trained and not steps_of(checkpoints):
                 shutil.rmtree(checkpoints, ignore_errors=True)
         shutil.rmtree(checkpoints, ignore_errors=True)
     return result
@@ -134,6 +134,15 @@ def _held(checkpoints: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(f"a training towards {checkpoints} is going on", "give another --output") from None
         yield
+
+
+def _verify(checkpoint: Path) -> None:
+    """Raises CheckpointError naming the file that is not what was written."""
+    try:
+        read(checkpoint).verify()
+    except CheckpointError as error:
+        older = "to go on from the checkpoint before it" if len(steps_of(checkpoint.parent)) > 1 else "to start anew"
+        raise CheckpointError(error.message, f"remove {checkpoint} {older}") from error
 
 
 def _packed(rows: Dataset, options: TuningOptions) -> Dataset:
@@ -190,58 +199,5 @@ def _run(training: Dataset, held_out: Dataset, spec: RankSpec, launcher: LocalLa
     with quiet():
         training.save_to_disk(private / "training")
         held_out.save_to_disk(private / "held-out")
-    spec.write(private / "spec.json")
-    command = [sys.executable, "-m", "oatlite.finetuning.rank", str(private / "spec.json")]
-    workers = [
-        launcher.start(command, _environment(options, rank), private / "ranks.log") for rank in range(options.ranks)
-    ]
-    _watch(workers, private, report)
+    run_ranks(spec, launcher, report)
     return TuningResult(**json.loads((private / "result.json").read_text()))
-
-
-def _environment(options: TuningOptions, rank: int) -> dict[str, str]:
-    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    # By these the libraries know that there are several ranks; what is on one machine has the same local numbers.
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": options.ranks, "LOCAL_WORLD_SIZE": options.ranks}
-    threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        **os.environ,
-        **loopback,
-        **{name: str(number) for name, number in numbers.items()},
-        "PYTHONPATH": path,
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
-
-
-def _watch(workers: Sequence[Worker], private: Path, report: Report) -> None:
-    """Pass on what rank 0 reports until all ranks have ended well. Raises what a rank raised."""
-    num_read = 0
-    while True:
-        codes = [worker.exit_code() for worker in workers]
-        lines = _lines(private / "progress.jsonl")
-        for line in lines[num_read:]:
-            report(*json.loads(line))
-        num_read = len(lines)
-        if any(codes):
-            break
-        if None not in codes:
-            return
-        time.sleep(_POLL_S)
-    told = [_error(json.loads(path.read_text())) for path in sorted(private.glob("error-*.json"))]
-    if told:
-        # A rank that stopped for a reason of its own takes others down, whose connections break.
-        raise next((error for error in told if not isinstance(error, WorkerDied)), told[0])
-    log = [line for line in (private / "ranks.log").read_text(errors="replace").splitlines() if line.strip()]
-    said = next((line for line in reversed(log) if "Error" in line), log[-1] if log else "nothing was logged")
-    raise WorkerDied(f"a rank ended for good: {said[:300]}", "give fewer rows by --micro-batch-size if memory ran out")
-
-
-def _lines(path: Path) -> list[str]:
-    """The complete lines of a file that grows."""
-    return path.read_text().split("\n")[:-1] if path.exists() else []
-
-
-def _error(told: dict[str, Any]) -> OatliteError:
-    return BY_EXIT_CODE.get(told["exit_code"], WorkerDied)(told["message"], told["fix"])

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from oatlite.checkpoint import CheckpointWriter, prune
 from oatlite.errors import ConfigError
-from oatlite.finetuning.options import COMPLETE, RankSpec, TuningOptions
+from oatlite.finetuning.options import RankSpec, TuningOptions
 from oatlite.fitting import Report, Schedule, token_batches
+
+_NUM_KEPT = 2  # the newest may come to harm
 
 
 def trainer_class(options: TuningOptions) -> type:
@@ -43,7 +46,17 @@ class _Ways:
                 self.optimizer if optimizer is None else optimizer,
                 lambda step: schedule.factor(step, num_training_steps),
             )
+        if self.is_deepspeed_enabled:
+            self._read_state_as_data()
         return self.lr_scheduler
+
+    def _read_state_as_data(self: Any) -> None:
+        """DeepSpeed's own way to files executes what it reads. The engine exists and has read no checkpoint yet."""
+        from oatlite.trainer import state_files
+
+        root = Path(self.args.output_dir)
+        engine = self.accelerator.deepspeed_engine_wrapped.engine
+        engine.checkpoint_engine = state_files(root, lambda name: (root / name).open("wb"))
 
     def evaluate(self: Any, *_: object, **__: object) -> dict[str, float]:
         metrics = {self.metric: self.measure()}
@@ -183,4 +196,8 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            root, step = Path(args.output_dir), state.global_step
+            writer = CheckpointWriter(root, step, or_else="")
+            writer.adopt(root / f"checkpoint-{step}")
+            writer.complete(step, writer.records, {})
+            prune(root, _NUM_KEPT)

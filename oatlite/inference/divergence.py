@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from oatlite.config.schema import Config
-from oatlite.finetuning.quiet import quiet
 from oatlite.fitting import Report
 from oatlite.inference.sampling import Responses, device_of
+from oatlite.layout_choice import choose_layout
+from oatlite.layouts import TokenPair, lay_out
 from oatlite.maths.intervals import mean_and_error, ratio_and_error
-from oatlite.models import PairModel, TokenPair, choose_layout, lay_out, load_policy
+from oatlite.models import PairModel, load_policy
+from oatlite.quiet import quiet
 
 if TYPE_CHECKING:
     from oatlite.data import PromptSet

@@ -17,11 +17,11 @@ from oatlite.fitting import Report
 from oatlite.inference.divergence import Divergence, divergence
 from oatlite.inference.inputs import check_model, check_same_vocabulary, read_prompts
 from oatlite.inference.job import Sampling
-from oatlite.inference.judging import in_blocks, open_oracle
+from oatlite.inference.judging import check_models, in_blocks, open_oracle
 from oatlite.inference.sampling import Responses, job_for, sample
 from oatlite.maths.intervals import wilson_interval
 from oatlite.model_checks import check_language_model
-from oatlite.oracle_checks import check_oracle_models, try_oracles
+from oatlite.oracle_checks import try_oracles
 from oatlite.oracles import PreferenceOracle, Verdicts
 from oatlite.oracles.base import wins, with_draws
 from oatlite.oracles.best_of import best_of
@@ -89,7 +89,7 @@ def evaluate(options: EvalOptions, report: Report) -> Evaluation:
         trusted = config.model.trust_remote_code
         found = check_language_model(base, "the base", trust_remote_code=trusted)
         check_same_vocabulary((model, tokenizer), found, base, "the base")
-    check_oracle_models(config)
+    check_models(config)
     prompts = read_prompts(config, model, tokenizer, needs_references=other is None)
     theirs = None if other is None else read_prompts(config, *other, needs_references=False)
     if theirs is not None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import numpy as np
-import numpy.typing as npt
+import sys
+from collections.abc import Sequence
 
 from oatlite.config.schema import Config
-from oatlite.finetuning.quiet import quiet
 from oatlite.fitting import Report
 from oatlite.inference.sampling import device_of
+from oatlite.oracle_checks import check_oracle_models
 from oatlite.oracles import PreferenceOracle, Verdicts, build_oracle, checked
 from oatlite.oracles.best_of import Compare
+from oatlite.quiet import quiet
 
 BLOCK = 128
+
+
+def check_models(config: Config) -> None:
+    """As :func:`check_oracle_models`, whose notes are printed on stderr. Raises ConfigError."""
+    for note in check_oracle_models(config):
+        print(note, file=sys.stderr, flush=True)
 
 
 def open_oracle(config: Config) -> PreferenceOracle:
@@ -39,21 +44,6 @@ def in_blocks(oracle: PreferenceOracle, total: int, what: str, report: Report, s
             answers.append(checked(answer, len(prompts[block])))
             done += len(prompts[block])
             report(what, done, total, f"{oracle.num_failures} retries" if oracle.num_failures else "")
-        return joined(answers)
+        return Verdicts.joined(answers)
 
     return compare
-
-
-def joined(answers: Sequence[Verdicts]) -> Verdicts:
-    """The verdicts on all pairs, in order; without rewards unless all have them."""
-
-    def scores(get: Callable[[Verdicts], npt.NDArray[np.float32] | None]) -> npt.NDArray[np.float32] | None:
-        parts = [part for part in map(get, answers) if part is not None]
-        return np.concatenate(parts) if len(parts) == len(answers) else None
-
-    return Verdicts(
-        first_win=np.concatenate([answer.first_win for answer in answers]),
-        is_valid=np.concatenate([answer.is_valid for answer in answers]),
-        first_scores=scores(lambda answer: answer.first_scores),
-        second_scores=scores(lambda answer: answer.second_scores),
-    )

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from oatlite.config.flags import program
 from oatlite.config.oracle_names import kind_of
 from oatlite.config.schema import Config
 from oatlite.data import is_conversation, load_rows, raw_text
 from oatlite.errors import ConfigError, OracleError
 from oatlite.fitting import Report
-from oatlite.inference.judging import BLOCK, in_blocks, joined, open_oracle
-from oatlite.oracle_checks import check_oracle_models, try_oracles
+from oatlite.inference.judging import BLOCK, check_models, in_blocks, open_oracle
+from oatlite.oracle_checks import try_oracles
 from oatlite.oracles import Verdicts, draw_verdicts, trainable_pairs
 from oatlite.oracles.base import flipped, reward_margins
 from oatlite.output_file import json_lines, require_writable, write_complete
@@ -99,7 +100,7 @@ def label(options: LabelOptions, report: Report) -> Labelled:
     config = options.config
     require_writable(options.output, (".jsonl",), overwrite=options.overwrite)
     pairs = read_pairs(options)
-    check_oracle_models(config)
+    check_models(config)
     try_oracles(config, pairs.raw_prompts[0], None if pairs.references is None else pairs.references[0])
     oracle = open_oracle(config)
     compare = in_blocks(oracle, len(pairs), "label", report)
@@ -116,7 +117,7 @@ def label(options: LabelOptions, report: Report) -> Labelled:
         raise KeyboardInterrupt(_keep(pairs, answers, options)) from None
     finally:
         oracle.close()
-    rows, result = labelled(pairs, joined(answers), config)
+    rows, result = labelled(pairs, Verdicts.joined(answers), config)
     if not rows:
         raise ConfigError(
             f"no pair of {options.data} has a preference: {result.num_equal} are equal, {result.num_tied} tied, and "
@@ -131,7 +132,7 @@ def _keep(pairs: Pairs, answers: Sequence[Verdicts], options: LabelOptions) -> s
     """Write what the oracle has answered, in place of what an earlier attempt left, and say where that is."""
     if not answers:
         return ""
-    verdicts = joined(answers)
+    verdicts = Verdicts.joined(answers)
     rows, _ = labelled(pairs.part(slice(len(verdicts))), verdicts, options.config)
     path = options.output.with_name(f"{options.output.name}.partial")
     write_complete(path, json_lines(rows), overwrite=True)
@@ -194,6 +195,8 @@ def read_pairs(options: LabelOptions) -> Pairs:
             f"{options.data} has no column {', '.join(missing)}",
             f"its columns are {', '.join(there)}: name them with --prompt-key, --first-key and --second-key",
         )
+    if not is_sampled and first == second:
+        raise ConfigError(f"both answers are of the column {first}", "name another with --first-key or --second-key")
     reference_key = options.reference_key or (REFERENCE if REFERENCE in there else None)
     references = list(rows[reference_key]) if reference_key else [None] * len(rows)
     prompts = list(rows[data.prompt_key])
@@ -225,7 +228,7 @@ def _consecutive(
             i += 1
     if not found:
         raise ConfigError(
-            "no two samples of one prompt follow each other", "make them by oatlite generate --num-samples 2"
+            "no two samples of one prompt follow each other", f"make them by {program()} generate --num-samples 2"
         )
     return found, len(rows) - 2 * len(found)
 
@@ -240,7 +243,7 @@ def _complete(found: Sequence[tuple[Any, Any, Any, Any]], options: LabelOptions,
             raise ConfigError(
                 f"{options.data} has prompts that are neither text nor lists of messages", "name another --prompt-key"
             )
-    kept = [row for row in found if row[0] and row[1] and row[2]]
+    kept = [row for row in found if row[0] and row[1] is not None and row[2] is not None]
     if not kept:
         raise ConfigError(f"{options.data} has no row with a prompt and two answers", "bring other data")
     num_complete = len(kept)

@@ -43,13 +43,13 @@ def tabular_dpo(
     if not beta > 0 or num_updates < 0:
         raise ValueError(f"beta must be positive and num_updates not negative, not {beta} and {num_updates}")
     rewards = rewards.double()
-    rates = torch.as_tensor(learning_rate, dtype=torch.float64).reshape(-1, 1)
+    rates = torch.as_tensor(learning_rate, dtype=torch.float64, device=rewards.device).reshape(-1, 1)
     if not bool(rates.isfinite().all()):
         raise ValueError("the learning rate must be finite; newton_rate is not where rewards are over 700 apart")
     margins = differences(rewards)
     log_optimum = (rewards / beta).log_softmax(-1)
     logits = torch.zeros_like(rewards)
-    gaps = torch.empty(len(rewards), num_updates, dtype=torch.float64)
+    gaps = torch.empty(len(rewards), num_updates, dtype=torch.float64, device=rewards.device)
     for update in range(num_updates):
         log_policy = logits.log_softmax(-1)
         gaps[:, update] = beta * _divergence(log_policy, log_optimum)
@@ -75,7 +75,7 @@ def pair_distribution(rewards: Tensor, log_policy: Tensor, sampler: Sampler, *, 
         raise ValueError(f"there is no sampler {sampler!r} ({', '.join(SAMPLERS)})")
     num_actions = rewards.shape[-1]
     if sampler == "uniform":
-        return torch.full((len(rewards), num_actions, num_actions), num_actions**-2.0, dtype=torch.float64)
+        return rewards.new_full((len(rewards), num_actions, num_actions), num_actions**-2.0, dtype=torch.float64)
     margins = differences(rewards if sampler == "reward-mixture" else beta * log_policy.detach())
     return _log_weights(margins).flatten(1).softmax(-1).view_as(margins)
 

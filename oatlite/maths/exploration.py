@@ -33,11 +33,14 @@ class Duels:
     def is_clash(self) -> Flags:
         return self.first == self.second
 
-    def with_random_others(self, num_candidates: int, rng: np.random.Generator) -> Duels:
-        """With a random other candidate as the second of each clash."""
-        other = rng.integers(0, num_candidates - 1, len(self.first))
-        other += other >= self.first
-        return replace(self, second=np.where(self.is_clash, other, self.second))
+    def with_random_others(self, is_there: Flags, rng: np.random.Generator) -> Duels:
+        """With a random other of the candidates that ``is_there`` (M, N) as the second of each clash; one whose first
+        is the only one stays a clash."""
+        are_others = is_there & (np.arange(is_there.shape[1]) != self.first[:, None])
+        counts = are_others.sum(1)
+        drawn = rng.integers(0, np.maximum(counts, 1))
+        other = (are_others.cumsum(1) > drawn[:, None]).argmax(1)
+        return replace(self, second=np.where(self.is_clash & (counts > 0), other, self.second))
 
 
 def draw_members(rng: np.random.Generator, num_members: int, num_prompts: int) -> Indices:

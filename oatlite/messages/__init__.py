@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,8 @@ class GenerateRequest(Message):
 
     ``prompt_tokens`` holds all prompts end to end, ``prompt_lengths`` (M,) cuts them; ``seeds`` (M * N,) has one
     seed per sample, a prompt's N samples side by side. ``samplers`` are of ``oatlite.samplers.SAMPLERS``, of which the
-    reference is the same in all versions. The last four fields are those of ``sampling``.
+    reference is the same in all versions. ``is_last_of_version`` says that the next weights come before the next
+    request of this kind. The last four fields are those of ``sampling``.
     """
 
     batch_id: str = text()
@@ -55,6 +57,7 @@ class GenerateRequest(Message):
     prompt_lengths: Int32 = array("int32")
     seeds: UInt64 = array("uint64")
     samplers: list[str] = texts(max_items=1024, max_bytes=32)
+    is_last_of_version: bool = flag()
     temperature: float = real(0.0, 100.0)
     top_p: float = real(0.0, 1.0)
     top_k: int = integer(0, 1 << 24)
@@ -81,7 +84,8 @@ class CandidateBatch(Message):
 
     ``sampler_logprobs`` belong to ``response_tokens`` one to one: the log-probability of each sampled token under
     the distribution of its own sampler, in ``policy_version``, at temperature 1. ``is_finished`` says that the
-    response ended with EOS (a sampled token, present in ``response_tokens``) and not at the length limit.
+    response ended with EOS (a sampled token, present in ``response_tokens``) and not at the length limit. ``wake_s``
+    was spent in waking the engine since the last answer, ``sleep_s`` in putting it to sleep after this one.
     """
 
     batch_id: str = text()
@@ -93,6 +97,8 @@ class CandidateBatch(Message):
     is_finished: Bool = array("bool")
     texts: list[str] = texts()
     generate_s: float = real(0.0)
+    sleep_s: float = real(0.0)
+    wake_s: float = real(0.0)
 
     def validate(self) -> None:
         _require(int(self.response_lengths.sum()) == self.response_tokens.size, "response lengths do not add up")
@@ -273,6 +279,21 @@ class Record(Message):
 
     kind: str = text(16)
     body: str = text(1 << 20)
+
+    def content(self) -> dict[str, Any]:
+        """What ``body`` says: a note's ``text``, a pair, or a record with its step. Raises MalformedMessage."""
+        try:
+            content = json.loads(self.body)
+        except (ValueError, RecursionError) as error:
+            raise MalformedMessage(f"Record.body is not JSON: {type(error).__name__}") from None
+        _require(isinstance(content, dict), "Record.body is no object")
+        if self.kind == "note":
+            _require(isinstance(content.get("text"), str), "Record.body: a note without text")
+        elif self.kind != "pair":
+            _require(content.get("kind") == self.kind, "Record.body is of another kind")
+            _require(self.kind == "summary" or type(content.get("step")) is int, "Record.body has no step")
+            _require(isinstance(content.get("perf", {}), dict), "Record.body: perf is no object")
+        return dict(content)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,7 @@ STEP_KEYS = (
 EVAL_KEYS = (
     "step",
     "queries",
+    "eval_queries",
     "win_rate",
     "win_probability",
     "reward",

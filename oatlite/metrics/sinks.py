@@ -86,6 +86,7 @@ class WandbSink:
     It runs in a process of its own (:mod:`oatlite.metrics.wandb_process`), because wandb can hang, also at exit:
     nothing is ever raised, the first failure becomes one warning, and :meth:`close` takes at most ten seconds, after
     which that process is killed. ``WANDB_MODE=offline`` keeps everything under ``dir``, where ``wandb.log`` is too.
+    A run that is resumed in ``dir`` goes on under the id that it had.
     """
 
     def __init__(
@@ -106,9 +107,11 @@ class WandbSink:
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         try:
-            self._put({"project": project, "name": name, "dir": str(dir), "config": dict(config), "close_s": close_s})
+            start = {"project": project, "name": name, "dir": str(dir), "config": dict(config)}
+            self._put(start | _run_before(Path(dir)) | {"learner": os.getpid(), "close_s": close_s})
             with self._log.open("ab") as log:
-                # Its own session, so that Ctrl-C leaves it alone until close() and its children die with it.
+                # Its own session, so that Ctrl-C leaves it alone until close(). So has wandb-core, which no killpg
+                # reaches: it ends by itself when it sees its parent gone.
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "oatlite.metrics.wandb_process"],
                     stdin=subprocess.PIPE,
@@ -133,7 +136,8 @@ class WandbSink:
     def close(self) -> None:
         if self._process is None or self._thread is None:
             return
-        deadline = time.monotonic() + self._close_s
+        start = time.monotonic()
+        deadline = start + self._close_s
         try:
             self._lines.put(None, timeout=self._close_s)
             self._thread.join(max(0.0, deadline - time.monotonic()))
@@ -145,6 +149,7 @@ class WandbSink:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._thread = None
+        LOGGER.info("Weights & Biases was closed in %.1f s", time.monotonic() - start)
 
     def _put(self, record: Mapping[str, Any]) -> None:
         try:
@@ -174,6 +179,12 @@ class WandbSink:
             self._has_failed = True
             reason = " ".join(reason.split())[:300]
             self._warn(f"Weights & Biases: {reason}; training goes on, see {self._log}")
+
+
+def _run_before(dir: Path) -> dict[str, str]:
+    """What wandb needs to go on with the newest run that lies under ``dir``: it names them ``run-DATE-ID``."""
+    latest = dir / "wandb" / "latest-run"
+    return {"id": latest.resolve().name.rpartition("-")[2], "resume": "allow"} if latest.exists() else {}
 
 
 def _finite(value: Any) -> Any:

@@ -57,7 +57,8 @@ def _load_model(path: str, config: Config, device: str) -> PreferenceOracle:
     from oatlite.oracles.loading import is_pairrm, read_config
 
     options = config.oracle
-    if is_pairrm(read_config(path)):
+    trusted = config.model.trust_remote_code
+    if is_pairrm(read_config(path, trust_remote_code=trusted)):
         from oatlite.oracles.pairrm import PairRMOracle
 
         return PairRMOracle(
@@ -76,4 +77,5 @@ def _load_model(path: str, config: Config, device: str) -> PreferenceOracle:
         batch_tokens=options.batch_tokens,
         dtype=options.dtype,
         device=device,
+        trust_remote_code=trusted,
     )

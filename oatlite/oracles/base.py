@@ -35,6 +35,22 @@ class Verdicts:
     def __len__(self) -> int:
         return len(self.first_win)
 
+    @staticmethod
+    def joined(parts: Sequence[Verdicts]) -> Verdicts:
+        """The verdicts on the pairs of all ``parts``, in order; without rewards unless all have them."""
+
+        def scores(found: Sequence[Floats | None]) -> Floats | None:
+            known = [part for part in found if part is not None]
+            return np.concatenate(known) if known and len(known) == len(found) else None
+
+        return Verdicts(
+            first_win=np.concatenate([np.zeros(0, np.float32), *(part.first_win for part in parts)]),
+            is_valid=np.concatenate([np.zeros(0, np.bool_), *(part.is_valid for part in parts)]),
+            first_scores=scores([part.first_scores for part in parts]),
+            second_scores=scores([part.second_scores for part in parts]),
+            num_failures=sum(part.num_failures for part in parts),
+        )
+
     def part(self, pairs: slice) -> Verdicts:
         """The verdicts on some of the pairs."""
         return Verdicts(

@@ -2,7 +2,8 @@
 
 An answer is read uncompressed and up to a limit, so that no server can fill our memory. What is worth asking again
 (no connection, no answer in time, 408, 429, 5xx, an answer that makes no sense) is asked again after a pause, or when
-the server said; what will not change (401, 404, ...) ends the run at once. All requests of a call share one deadline.
+the server said; a 429 holds all requests back, not the one that got it alone. What will not change (401, 404, ...)
+ends the run at once. All requests of a call share one deadline.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ T = TypeVar("T")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 MAX_BAD_ANSWERS = 3
-AGAIN = (408, 409, 425, 429, *range(500, 600))
+BUSY = 429
+TOO_LARGE = (413, 422)
+AGAIN = (408, 409, 425, BUSY, *range(500, 600))
 REFUSED = (401, 403)
 SPENT = "insufficient_quota"
 """In a 429 of OpenAI's: the account has no money left, which no pause mends."""
@@ -40,10 +43,20 @@ class BadAnswer(Exception):
 
 
 class _Failed(Exception):
-    """One attempt failed; ``pause_s`` is what the server asked us to wait, if it did."""
+    """One attempt failed; ``pause_s`` is what the server asked us to wait, if it did. ``is_for_all``: with whatever we
+    asked it."""
 
-    def __init__(self, why: str, pause_s: float | None = None, *, is_bad_answer: bool = False, fix: str = "") -> None:
+    def __init__(
+        self,
+        why: str,
+        pause_s: float | None = None,
+        *,
+        is_for_all: bool = False,
+        is_bad_answer: bool = False,
+        fix: str = "",
+    ) -> None:
         super().__init__(why)
+        self.is_for_all = is_for_all
         self.fix = fix
         self.pause_s = pause_s
         self.is_bad_answer = is_bad_answer
@@ -65,7 +78,7 @@ class Caller:
     ``headers`` go with each request, and their values never into an error. ``deadline_s`` bounds a call of
     :meth:`ask_all`, ``timeout_s`` one attempt, ``concurrency`` the requests that are under way together.
     ``num_failures`` counts attempts that failed, since the start. ``if_unreachable`` says what to type where nobody
-    answers at ``url``.
+    answers at ``url``, and ``if_too_large`` where a request may be more than the server takes.
     """
 
     def __init__(
@@ -74,6 +87,7 @@ class Caller:
         *,
         what: str,
         if_unreachable: str = "",
+        if_too_large: str = "",
         concurrency: int,
         timeout_s: float,
         deadline_s: float,
@@ -85,6 +99,7 @@ class Caller:
         self.what = what
         self.num_failures = 0
         self._if_unreachable = if_unreachable
+        self._if_too_large = if_too_large
         self._concurrency = concurrency
         self._timeout_s = timeout_s
         self._deadline_s = deadline_s
@@ -181,6 +196,7 @@ class Caller:
             pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (num_attempts - 1))
             if failed.pause_s is not None:
                 pause_s = max(FIRST_PAUSE_S, failed.pause_s)
+            if failed.is_for_all:
                 self._not_before = max(self._not_before, time.monotonic() + pause_s)
             if num_bad >= MAX_BAD_ANSWERS or time.monotonic() + pause_s >= deadline:
                 times = "once" if num_attempts == 1 else f"{num_attempts} times"
@@ -226,9 +242,10 @@ class Caller:
             return _Refused(code, beginning, self._error(f"refuses us with {code}"))
         why = f"answers {code} {self.without_secrets(beginning)[:MAX_SHOWN]}".rstrip()
         if code not in AGAIN or SPENT in beginning:
-            return _Refused(code, beginning, self._error(why))
-        pause_s = _retry_after(response.headers.get("retry-after"))
-        return _Failed(why if pause_s is None else f"{why} and asks to wait {pause_s:.0f} s", pause_s)
+            return _Refused(code, beginning, self._error(why, self._if_too_large if code in TOO_LARGE else ""))
+        pause_s = _pause_asked_for(response.headers)
+        why = why if pause_s is None else f"{why} and asks to wait {pause_s:.3g} s"
+        return _Failed(why, pause_s, is_for_all=pause_s is not None or code == BUSY)
 
     def _error(self, why: str, fix: str = "") -> OracleError:
         return OracleError(f"{self.what} at {self.url} {why}", fix)
@@ -257,14 +274,16 @@ async def _beginning(response: httpx.Response) -> str:
     return " ".join(answer[: 4 * MAX_SHOWN].decode("utf-8", "replace").split())
 
 
-def _retry_after(header: str | None) -> float | None:
-    """Seconds to wait: the header holds a number or a date."""
+def _pause_asked_for(headers: httpx.Headers) -> float | None:
+    """Seconds to wait: OpenAI's ``retry-after-ms`` holds milliseconds, ``retry-after`` seconds or a date."""
+    for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            return max(0.0, float(headers[name]) * unit_s)
+        except (KeyError, ValueError):
+            pass
+    header = headers.get("retry-after")
     if header is None:
         return None
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
     except ValueError:

@@ -12,9 +12,13 @@ from fractions import Fraction
 
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d{1,3})?%?")
 MAX_CHARACTERS = 64  # of a number: what is longer is none, however long a policy makes it
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 FINAL = re.compile(r"(?:####|(?:answer|result)\s*(?:is|:|=))\s*(.*)", re.IGNORECASE)
 LETTER = re.compile(r"(?<![A-Za-z0-9])\(?([A-Z])\)?(?![A-Za-z0-9'])")
+CERTAIN_LETTER = re.compile(r"\(([A-Z])\)|(?<![A-Za-z0-9])([B-HJ-Z])(?![A-Za-z0-9'])")
+"""Anywhere in a text, where a bare A is an article and a bare I a pronoun."""
+ALONE = re.compile(r"\W*([A-Z])\W*")
 TOLERANCE = Fraction(1, 10**6)
 
 
@@ -22,7 +26,8 @@ def number(response: str, reference: str) -> float | None:
     """1.0 where the response's answer is the number that the reference ends in, to one part in a million, else 0.0.
 
     The answer is what stands in the last ``\\boxed{}``, else after the last "answer is", "answer:" or "####", else the
-    last number of all. ``1,234``, ``3/4``, ``1e3`` and ``50%`` are numbers. None where the reference holds none.
+    last number of all. ``1,234``, ``3/4``, ``\\frac{3}{4}``, ``1e3`` and ``50%`` are numbers. None where the reference
+    holds none.
     """
     expected = _last_number(reference)
     if expected is None:
@@ -37,7 +42,7 @@ def choice(response: str, reference: str) -> float | None:
     """1.0 where the response's answer is the letter that the reference ends in, else 0.0.
 
     The answer is looked for as in :func:`number`; a letter counts alone or in brackets, as in ``B``, ``(B)`` or ``B.``.
-    None where the reference holds none.
+    In a text that does not say which is its answer, a bare A or I is a word. None where the reference holds none.
     """
     expected = _last_letter(reference)
     if expected is None:
@@ -65,7 +70,7 @@ def _last_number(text: str) -> Fraction | None:
 
 def _numbers(text: str) -> list[Fraction]:
     found = []
-    for match in NUMBER.finditer(text):
+    for match in NUMBER.finditer(FRACTION.sub(r"\1/\2", text)):
         word = match.group().replace(",", "")
         share = word.endswith("%")
         over, _, under = word.rstrip("%").partition("/")
@@ -82,5 +87,7 @@ def _last_letter(text: str) -> str | None:
     letters = LETTER.findall(stated) if stated is not None else []
     if letters:
         return str(letters[0])
-    letters = LETTER.findall(text)
-    return str(letters[-1]) if letters else None
+    if alone := ALONE.fullmatch(text):
+        return alone[1]
+    certain = [bracketed or bare for bracketed, bare in CERTAIN_LETTER.findall(text)]
+    return certain[-1] if certain else None

@@ -8,11 +8,21 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from oatlite.config.flags import to_type
 from oatlite.config.schema import Config
 from oatlite.continuations import join
 from oatlite.errors import ConfigError
 from oatlite.oracles.base import Floats, PreferenceOracle
-from oatlite.oracles.loading import is_pairrm, load_tokenizer, read_config, torch_dtype
+from oatlite.oracles.conversations import as_text
+from oatlite.oracles.loading import (
+    is_pairrm,
+    load_tokenizer,
+    out_of_memory_told,
+    read_config,
+    require_finite,
+    token_limit,
+    torch_dtype,
+)
 from oatlite.oracles.sequences import batches, longest_first, pad
 from oatlite.sources import first_line
 
@@ -32,7 +42,10 @@ def build_encoder(config: Config, oracle: PreferenceOracle, *, device: str) -> E
     path = config.explore.encoder
     if path is None or (path,) == config.oracle.path:
         if not isinstance(oracle, Encodes):
-            raise ConfigError(f"the oracle {', '.join(config.oracle.path)} gives no features", "set explore.encoder")
+            raise ConfigError(
+                f"the oracle {', '.join(config.oracle.path)} gives no features",
+                f"type {to_type('explore.encoder', 'MODEL')}",
+            )
         return oracle
     if is_pairrm(read_config(path)):
         from oatlite.oracles.pairrm import PairRMOracle
@@ -58,20 +71,29 @@ class ModelEncoder:
     first. Prompt and response are tokenized together, in batches of at most ``batch_tokens`` padded tokens."""
 
     def __init__(
-        self, path: str, *, max_tokens: int = 1024, batch_tokens: int = 8192, dtype: str = "auto", device: str = "cpu"
+        self,
+        path: str,
+        *,
+        max_tokens: int | None = None,
+        batch_tokens: int = 8192,
+        dtype: str = "auto",
+        device: str = "cpu",
     ) -> None:
         from transformers import AutoModel
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+        self.path = path
         self.device = torch.device(device)
         self.tokenizer = load_tokenizer(path)
         try:
             model: Any = AutoModel.from_pretrained(path, dtype=torch_dtype(dtype, self.device))
         except Exception as error:  # torn weights, an architecture that this version cannot load
-            raise ConfigError(f"the encoder {path} cannot be loaded: {first_line(error)}", "name another") from error
+            raise ConfigError(
+                f"the encoder {path} cannot be loaded: {first_line(error)}",
+                f"type {to_type('explore.encoder', 'ANOTHER')}",
+            ) from error
         self.model = model.eval().requires_grad_(False).to(self.device)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_tokens = min(max_tokens, limit) if limit else max_tokens
+        self.max_tokens = token_limit(max_tokens, model.config)
         self.batch_tokens = batch_tokens
         self._is_decoder = model.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _is_bidirectional(model)
 
@@ -80,17 +102,20 @@ class ModelEncoder:
         """See :meth:`Encodes.features`."""
         from oatlite.oracles.reward_model import pooled_states
 
-        texts = [prompt + (join(prompt, text) if text else "") for prompt, text in zip(prompts, responses, strict=True)]
+        plain = [as_text(prompt) for prompt in prompts]
+        texts = [prompt + (join(prompt, text) if text else "") for prompt, text in zip(plain, responses, strict=True)]
         ids: list[list[int]] = [self.tokenizer(text, verbose=False)["input_ids"] for text in texts]
         found = np.full((len(ids), self.model.config.get_text_config().hidden_size), np.nan, np.float32)
         lengths = [len(each) for each in ids]
         fitting = [i for i in longest_first(lengths) if 0 < lengths[i] <= self.max_tokens]
         for batch in batches(fitting, lengths, self.batch_tokens):
             input_ids, mask = pad([ids[i] for i in batch])
-            states = pooled_states(
-                self.model, input_ids.to(self.device), mask.to(self.device), is_decoder=self._is_decoder
-            )
-            found[batch] = states.float().cpu().numpy()
+            with out_of_memory_told(f"the encoder {self.path}", self.batch_tokens):
+                states = pooled_states(
+                    self.model, input_ids.to(self.device), mask.to(self.device), is_decoder=self._is_decoder
+                )
+                found[batch] = states.float().cpu().numpy()
+            require_finite(found[batch], f"the encoder {self.path} gave states")
         return found
 
 

@@ -24,10 +24,10 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from oatlite.config.schema import MAX_PAIRS
 from oatlite.oracles.base import Flags, Floats, Verdicts
 
 PATH, OLD_PATH = "/get_feedback", "/compare"
-MAX_PAIRS = 4096
 MAX_FIELDS = 32
 MAX_TOKEN_BYTES = 4096
 

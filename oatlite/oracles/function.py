@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from oatlite.oracles.base import Floats, PreferenceOracle, RewardOracle, Verdict
 from oatlite.sources import first_line
 
 log = logging.getLogger(__name__)
+
+Oracle = TypeVar("Oracle", bound=PreferenceOracle)
 
 FORMS = "write score(prompt, response), score(prompt, response, reference) or prefer(prompt, first, second)"
 LARGEST = float(np.finfo(np.float32).max)
@@ -117,13 +119,28 @@ def _number(value: Any) -> Any:
     return value.item() if num_items == 1 else value
 
 
-class GuardedReward(RewardOracle):
-    """A user's own class of rewards, whose exceptions are told with its name."""
+class _Guarded(Generic[Oracle]):
+    """A user's own oracle, whose exceptions are told with its name."""
 
-    def __init__(self, name: str, oracle: RewardOracle) -> None:
+    def __init__(self, name: str, oracle: Oracle) -> None:
         self._name = name
         self._oracle = oracle
         self.needs_references = oracle.needs_references
+
+    @property
+    def num_failures(self) -> int:
+        """See :attr:`PreferenceOracle.num_failures`."""
+        with _told(self._name):
+            return self._oracle.num_failures
+
+    def close(self) -> None:
+        """See :meth:`PreferenceOracle.close`."""
+        with _told(self._name):
+            self._oracle.close()
+
+
+class GuardedReward(_Guarded[RewardOracle], RewardOracle):
+    """A user's own class of rewards."""
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str] | None = None
@@ -133,13 +150,8 @@ class GuardedReward(RewardOracle):
             return checked_scores(self._oracle.score(prompts, responses, references), len(prompts))
 
 
-class GuardedPreference(PreferenceOracle):
-    """A user's own class of preferences, whose exceptions are told with its name."""
-
-    def __init__(self, name: str, oracle: PreferenceOracle) -> None:
-        self._name = name
-        self._oracle = oracle
-        self.needs_references = oracle.needs_references
+class GuardedPreference(_Guarded[PreferenceOracle], PreferenceOracle):
+    """A user's own class of preferences."""
 
     def compare(
         self,

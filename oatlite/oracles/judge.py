@@ -38,15 +38,13 @@ class JudgeOracle(PreferenceOracle):
     """Asks the model of ``options`` "A or B?" and takes the probabilities of its verdict's token.
 
     ``seed`` draws the orders of ``order = "random"``, of each pair by its texts. ``deadline_s`` bounds the requests of
-    one batch. Two equal responses are a draw, about which nobody is asked. ``num_unreadable`` and ``num_too_long``
-    count the pairs that got no verdict, since the start.
+    one batch. Two equal responses are a draw, about which nobody is asked.
 
     Raises ConfigError when the template cannot be used, or the key is missing.
     """
 
     def __init__(self, options: JudgeConfig, *, seed: int, deadline_s: float) -> None:
-        if options.model is None:
-            raise ConfigError("the oracle is a judge, and its model is not named", "add --judge-model NAME")
+        assert options.model is not None, "check_oracles sees to it"
         self._options = options
         self._seed = seed
         self._deadline_s = deadline_s
@@ -58,9 +56,7 @@ class JudgeOracle(PreferenceOracle):
             "top_logprobs": TOP_LOGPROBS,
         }
         self._is_understood = False
-        self.num_unreadable = 0
-        self.num_too_long = 0
-        endpoint = _endpoint(options.url)
+        endpoint = httpx.URL(options.url.rstrip("/") + "/chat/completions")
         key = _key(options.key_env, endpoint)
         self._caller = Caller(
             str(endpoint),
@@ -157,7 +153,7 @@ class JudgeOracle(PreferenceOracle):
         log.warning("the judge is asked without %s from now on: %s", refusal.parameter, words)
 
     def _report(self, pairs: Sequence[Sequence[Reading | TooLong]]) -> None:
-        """Count the pairs without a verdict, and say once what concerns all of them."""
+        """Say how many pairs have no verdict, and once what concerns all of them."""
         num_too_long = sum(any(isinstance(answer, TooLong) for answer in pair) for pair in pairs)
         readings = [[answer for answer in pair if isinstance(answer, Reading)] for pair in pairs]
         whole = [found for found, pair in zip(readings, pairs, strict=True) if len(found) == len(pair)]
@@ -166,8 +162,6 @@ class JudgeOracle(PreferenceOracle):
             for pair in whole
             if any(answer.first_win is None for answer in pair)
         ]
-        self.num_too_long += num_too_long
-        self.num_unreadable += len(unreadable)
         if num_too_long:
             log.warning("%d of %d pairs are too long for the judge, and carry no weight", num_too_long, len(pairs))
         if unreadable:
@@ -195,19 +189,6 @@ def _leaning(answer: Reading | TooLong, *, is_swapped: bool) -> float | None:
     if isinstance(answer, TooLong) or answer.first_win is None:
         return None
     return (answer.first_win - 0.5) * (-1 if is_swapped else 1)
-
-
-def _endpoint(url: str) -> httpx.URL:
-    """Where chat completions are asked for. Raises ConfigError for an address that cannot be one."""
-    try:
-        base = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ConfigError(
-            f"judge.url = {url} is no web address: {error}", "type --judge-url http://HOST:PORT/v1"
-        ) from None
-    if base.userinfo:
-        raise ConfigError("judge.url holds a password", "leave it out, and name its variable with judge.key_env")
-    return base.copy_with(path=base.path.rstrip("/") + "/chat/completions")
 
 
 def _key(variable: str, endpoint: httpx.URL) -> str:

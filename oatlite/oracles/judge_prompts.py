@@ -14,7 +14,6 @@ from oatlite.errors import ConfigError
 from oatlite.oracles.conversations import as_text
 
 TEMPLATES = Path(__file__).parent / "templates"
-DEFAULT = "summaries"
 PLACES = ("prompt", "first", "second")
 PLACE = re.compile(r"\{(prompt|first|second)\}")
 EMPTY = "(This answer is empty.)"
@@ -25,12 +24,11 @@ def template_names() -> list[str]:
     return sorted(path.stem for path in TEMPLATES.glob("*.txt"))
 
 
-def load_template(name: str | None) -> str:
-    """The text of a template: one of :func:`template_names`, a file, or for None the default.
+def load_template(name: str) -> str:
+    """The text of a template: one of :func:`template_names`, or a file.
 
     Raises ConfigError when there is none, or it lacks one of ``{prompt}``, ``{first}`` and ``{second}``.
     """
-    name = name or DEFAULT
     path = TEMPLATES / f"{name}.txt" if name in template_names() else Path(name)
     try:
         text = path.read_text(encoding="utf-8")

@@ -17,9 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers import DebertaV2Model, DebertaV2PreTrainedModel
 
-from oatlite.errors import ConfigError, OracleError
+from oatlite.errors import ConfigError
 from oatlite.oracles.base import Flags, Floats, PreferenceOracle, Verdicts, bradley_terry
-from oatlite.oracles.loading import PAIRRM_PREFIXES, load_tokenizer, torch_dtype
+from oatlite.oracles.conversations import as_text
+from oatlite.oracles.loading import (
+    PAIRRM_MAX_TOKENS,
+    PAIRRM_PREFIXES,
+    load_tokenizer,
+    out_of_memory_told,
+    require_finite,
+    torch_dtype,
+)
 from oatlite.oracles.sequences import batches, longest_first, pad
 from oatlite.sources import first_line
 
@@ -55,22 +63,22 @@ class PairRM(DebertaV2PreTrainedModel):  # type: ignore[misc]  # transformers ty
 class PairRMOracle(PreferenceOracle):
     """Compares in batches of at most ``batch_tokens`` padded tokens, the longest sequences first.
 
-    ``max_tokens`` counts the prompt, both responses and what stands between them: a pair that is longer is not valid.
-    ``dtype`` "auto" is bfloat16 on a GPU and float32 on a CPU. Raises ConfigError when ``path``, a folder or a hub id,
-    holds no such model.
+    ``max_tokens`` (default: PAIRRM_MAX_TOKENS) counts the prompt, both responses and what stands between them: a pair
+    that is longer is not valid. ``dtype`` "auto" is bfloat16 on a GPU and float32 on a CPU. Raises ConfigError when
+    ``path``, a folder or a hub id, holds no such model.
     """
 
     def __init__(
         self,
         path: str,
         *,
-        max_tokens: int = 1024,
+        max_tokens: int | None = None,
         batch_tokens: int = 8192,
         dtype: str = "auto",
         device: str = "cpu",
     ) -> None:
         self.path = path
-        self.max_tokens = max_tokens
+        self.max_tokens = max_tokens or PAIRRM_MAX_TOKENS
         self.batch_tokens = batch_tokens
         self.device = torch.device(device)
         self.tokenizer = load_tokenizer(path)
@@ -80,6 +88,9 @@ class PairRMOracle(PreferenceOracle):
             raise ConfigError(f"PairRM {path} cannot be loaded: {first_line(error)}", FIX) from error
         if info["missing_keys"]:
             raise ConfigError(f"the weights of {path} lack {', '.join(sorted(info['missing_keys'])[:3])}", FIX)
+        if info["unexpected_keys"]:
+            more = ", ".join(sorted(info["unexpected_keys"])[:3])
+            raise ConfigError(f"the weights of {path} hold {more}, which PairRM has no place for", FIX)
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.model.head_layer.float()
         self._prefix_ids = [getattr(model.config, name) for name in PAIRRM_PREFIXES]
@@ -116,19 +127,22 @@ class PairRMOracle(PreferenceOracle):
         fitting = [i for i in longest_first(lengths) if lengths[i] <= self.max_tokens]
         for batch in batches(fitting, lengths, self.batch_tokens):
             input_ids, mask = pad([encoded[i][0] for i in batch])
-            hidden = self.model.pretrained_model(
-                input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)
-            ).last_hidden_state
             prefixes = torch.tensor([encoded[i][1] for i in batch])
-            states = hidden[torch.arange(len(batch))[:, None], prefixes].flatten(1)
-            found[batch] = states.float().cpu().numpy()
+            with out_of_memory_told(f"PairRM {self.path}", self.batch_tokens):
+                hidden = self.model.pretrained_model(
+                    input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)
+                ).last_hidden_state
+                states = hidden[torch.arange(len(batch))[:, None], prefixes].flatten(1)
+                found[batch] = states.float().cpu().numpy()
+            require_finite(found[batch], f"PairRM {self.path} gave states")
         return found
 
     def encode(self, prompt: str, first: str, second: str | None = None) -> tuple[list[int], list[int]]:
-        """The token ids of one order of a pair, or of one response alone, and where in them the prefix tokens stand."""
+        """The token ids of one order of a pair, or of one response alone, and where in them the prefix tokens stand.
+        A conversation is written out."""
         ids: list[int] = []
         prefixes: list[int] = []
-        texts = (prompt, first) if second is None else (prompt, first, second)
+        texts = [as_text(prompt), *(text for text in (first, second) if text is not None)]
         for token, prefix, text in zip(self._prefix_ids, self._prefixes, texts, strict=False):
             part = self._ids(prefix + text)
             prefixes.append(len(ids) + part.index(token))
@@ -147,9 +161,9 @@ class PairRMOracle(PreferenceOracle):
         logits = np.full(len(distinct), np.nan, np.float32)
         order = [i for i in longest_first(lengths) if lengths[i] <= self.max_tokens]
         for batch in batches(order, lengths, self.batch_tokens):
-            logits[batch] = self._forward([encoded[i] for i in batch])
-            if not np.isfinite(logits[batch]).all():
-                raise OracleError(f"PairRM {self.path} gave logits that are not finite", "try oracle.dtype = float32")
+            with out_of_memory_told(f"PairRM {self.path}", self.batch_tokens):
+                logits[batch] = self._forward([encoded[i] for i in batch])
+            require_finite(logits[batch], f"PairRM {self.path} gave logits")
         index = {triple: i for i, triple in enumerate(distinct)}
         return logits[[index[triple] for triple in triples]]
 

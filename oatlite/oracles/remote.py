@@ -6,11 +6,9 @@ import os
 from collections.abc import Sequence
 from urllib.parse import urlsplit, urlunsplit
 
-import numpy as np
-
+from oatlite.config.flags import to_type
 from oatlite.config.schema import RemoteConfig
-from oatlite.errors import ConfigError
-from oatlite.oracles.base import Floats, PreferenceOracle, Verdicts
+from oatlite.oracles.base import PreferenceOracle, Verdicts
 from oatlite.oracles.calls import BadAnswer, Caller
 from oatlite.oracles.feedback import PATH, BadMessage, decode_verdicts, encode_comparison
 
@@ -23,14 +21,15 @@ class RemoteOracle(PreferenceOracle):
     """
 
     def __init__(self, config: RemoteConfig, *, deadline_s: float) -> None:
-        if config.url is None:
-            raise ConfigError("the oracle is remote, and its server is not named", "add --oracle-url http://HOST:PORT")
+        assert config.url is not None, "check_oracles sees to it"
         self._batch_size = config.batch_size
         self._token = os.environ.get(config.token_env) or None
+        fewer = to_type("remote.batch_size", config.batch_size // 2)
         self._caller = Caller(
             feedback_url(config.url),
             what="the oracle server",
             if_unreachable="start it with oatlite serve-oracle, or give another --oracle-url",
+            if_too_large=f"if that is too much for it, type {fewer}" if config.batch_size > 1 else "",
             concurrency=config.concurrency,
             timeout_s=config.timeout_s,
             deadline_s=deadline_s,
@@ -77,33 +76,10 @@ class RemoteOracle(PreferenceOracle):
             except BadMessage as error:
                 raise BadAnswer(f"gives an answer that cannot be used: {error}") from None
 
-        return _joined(self._caller.ask_all(bodies, read))
+        return Verdicts.joined(self._caller.ask_all(bodies, read))
 
 
 def feedback_url(url: str) -> str:
-    """``url``, with oat's path where it has none. Raises ConfigError for what is no address, or holds a password."""
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_address = False
-    if not is_address:
-        raise ConfigError(f"remote.url = {url} is no web address", "type --oracle-url http://HOST:PORT")
-    if parts.username is not None:
-        raise ConfigError(
-            "remote.url holds a name or a password, which would be in logs", "type it without what is before the @"
-        )
+    """``url``, with oat's path where it has none."""
+    parts = urlsplit(url)
     return url if parts.path.strip("/") else urlunsplit(parts._replace(path=PATH))
-
-
-def _joined(parts: Sequence[Verdicts]) -> Verdicts:
-    def scores(found: Sequence[Floats | None]) -> Floats | None:
-        known = [part for part in found if part is not None]
-        return np.concatenate(known) if known and len(known) == len(found) else None
-
-    return Verdicts(
-        first_win=np.concatenate([np.zeros(0, np.float32), *(part.first_win for part in parts)]),
-        is_valid=np.concatenate([np.zeros(0, np.bool_), *(part.is_valid for part in parts)]),
-        first_scores=scores([part.first_scores for part in parts]),
-        second_scores=scores([part.second_scores for part in parts]),
-    )

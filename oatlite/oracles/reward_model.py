@@ -12,16 +12,26 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from oatlite.continuations import join
 from oatlite.errors import ConfigError, OracleError
-from oatlite.models import LayoutName, TokenPair, lay_out
+from oatlite.layouts import LayoutName, TokenPair, lay_out
 from oatlite.oracles.base import Floats, RewardOracle
-from oatlite.oracles.conversations import messages_of
-from oatlite.oracles.loading import TRAIN_ONE, load_tokenizer, read_config, torch_dtype
+from oatlite.oracles.conversations import as_text, messages_of
+from oatlite.oracles.loading import (
+    TRAIN_ONE,
+    load_tokenizer,
+    out_of_memory_told,
+    read_config,
+    require_finite,
+    token_limit,
+    torch_dtype,
+    unused_template,
+)
 from oatlite.oracles.sequences import batches, longest_first, pad
 from oatlite.shared_attention import install
 from oatlite.sources import first_line
@@ -74,7 +84,7 @@ def pooled_states(backbone: Any, input_ids: Tensor, attention_mask: Tensor, *, i
 class PrefixScores(nn.Module):
     """Rewards of pairs of sequences that begin alike, each pair in one row that has its beginning once.
 
-    For a decoder with a head called ``score``; the layouts are those of :func:`oatlite.models.lay_out`.
+    For a decoder with a head called ``score``; the layouts are those of :func:`oatlite.layouts.lay_out`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -134,7 +144,8 @@ class RewardModelOracle(RewardOracle):
 
     ``max_tokens`` (or the model's own limit, if that is lower) counts prompt, response and EOS: what is longer gets
     NaN. ``dtype`` "auto" is bfloat16 on a GPU and float32 on a CPU. ``chat_template`` wraps prompt and response in
-    the template of the reward model's own tokenizer; a prompt that is a JSON list of messages is a conversation.
+    the template of the reward model's own tokenizer. None wraps nothing, and warns where there is a template. A prompt
+    that is a JSON list of messages is a conversation, and without the template written out as plain text.
     ``device`` "auto" splits the model over all GPUs that are visible.
 
     Raises ConfigError when the model cannot be loaded or lacks its head or its template.
@@ -144,24 +155,25 @@ class RewardModelOracle(RewardOracle):
         self,
         path: str,
         *,
-        chat_template: bool = False,
-        max_tokens: int = 1024,
+        chat_template: bool | None = False,
+        max_tokens: int | None = None,
         batch_tokens: int = 8192,
         dtype: str = "auto",
         device: str = "cpu",
         trust_remote_code: bool = False,
     ) -> None:
         config = check_reward_model(path, trust_remote_code=trust_remote_code)
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.path = path
-        self.chat_template = chat_template
-        self.max_tokens = min(max_tokens, limit) if limit else max_tokens
+        self.chat_template = bool(chat_template)
+        self.max_tokens = token_limit(max_tokens, config)
         self.batch_tokens = batch_tokens
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         if chat_template and getattr(self.tokenizer, "chat_template", None) is None:
             raise ConfigError(
                 f"the tokenizer of the reward model {path} has no chat template", "oracle.chat_template = false"
             )
+        if note := unused_template(path, self.tokenizer, chat_template):
+            log.warning(note)
         place = torch.device("cuda" if device == "auto" else device)
         model = _load_model(
             path,
@@ -204,15 +216,12 @@ class RewardModelOracle(RewardOracle):
         pairs = [_with_prefix([sequences[i] for i in group]) for group in groups]
         lengths = [pair.num_tokens for pair in pairs]
         for batch in batches(longest_first(lengths), lengths, self.batch_tokens):
-            with torch.inference_mode():
+            with out_of_memory_told(f"the reward model {self.path}", self.batch_tokens), torch.inference_mode():
                 values = forward([pairs[b] for b in batch]).float().cpu().numpy()
             for b, of_pair in zip(batch, values, strict=True):
                 found[groups[b]] = of_pair[: len(groups[b])]
             members = [i for b in batch for i in groups[b]]
-            if not np.isfinite(found[members]).all():
-                raise OracleError(
-                    f"the reward model {self.path} gave scores that are not finite", "try oracle.dtype = float32"
-                )
+            require_finite(found[members], f"the reward model {self.path} gave scores")
         return found
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
@@ -220,9 +229,10 @@ class RewardModelOracle(RewardOracle):
         if self.chat_template:
             return [self._templated(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        prompt_ids = {prompt: self.tokenizer(prompt, verbose=False)["input_ids"] for prompt in dict.fromkeys(prompts)}
+        plain = {prompt: as_text(prompt) for prompt in dict.fromkeys(prompts)}
+        prompt_ids = {prompt: self.tokenizer(text, verbose=False)["input_ids"] for prompt, text in plain.items()}
         return [
-            [*prompt_ids[prompt], *self._ids(join(prompt, text) if text else ""), *end]
+            [*prompt_ids[prompt], *self._ids(join(plain[prompt], text) if text else ""), *end]
             for prompt, text in zip(prompts, responses, strict=True)
         ]
 
@@ -232,7 +242,14 @@ class RewardModelOracle(RewardOracle):
 
     def _templated(self, prompt: str, response: str) -> list[int]:
         messages = [*messages_of(prompt), {"role": "assistant", "content": response}]
-        return self._ids(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise OracleError(
+                f"the chat template of the reward model {self.path} refuses a conversation: {first_line(error)}",
+                "set oracle.chat_template = false, or leave such prompts out",
+            ) from error
+        return self._ids(text)
 
     def _rewards(self, pairs: Sequence[TokenPair]) -> Tensor:
         """(B, 2, 1); where a pair has one sequence, the second column means nothing. So below."""

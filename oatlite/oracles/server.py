@@ -137,6 +137,8 @@ def load(settings: WorkerSettings) -> PreferenceOracle:
     """The oracle of a worker, which has answered once. Raises ConfigError or OracleError."""
     options = OracleConfig.model_validate(settings.oracle)
     (name,) = options.path
+    if settings.index and options.chat_template is None:
+        options = options.model_copy(update={"chat_template": False})  # the first worker says what there is to say
     if kind_of(name) == "model":
         from transformers.utils import logging
 

@@ -13,12 +13,10 @@ from oatlite.oracles.base import Floats, PreferenceOracle, RewardOracle, checked
 class WeightedOracle(RewardOracle):
     """A response that one of them cannot score cannot be scored.
 
-    Raises ConfigError for an oracle that only compares, or weights that are not one for each.
+    Raises ConfigError for an oracle that only compares.
     """
 
     def __init__(self, names: Sequence[str], oracles: Sequence[PreferenceOracle], weights: Sequence[float]) -> None:
-        if len(weights) != len(oracles):
-            raise ConfigError(f"there are {len(oracles)} oracles and {len(weights)} weights", "give one for each")
         self.needs_references = any(oracle.needs_references for oracle in oracles)
         self._parts: list[tuple[RewardOracle, float]] = []
         for name, oracle, weight in zip(names, oracles, weights, strict=True):

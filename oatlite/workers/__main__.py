@@ -9,8 +9,9 @@ import signal
 import sys
 from pathlib import Path
 
+from oatlite.stacks import write_stacks_when_asked
 from oatlite.workers.lifeline import Lifeline
-from oatlite.workers.spec import END_SIGNAL, WorkerSpec
+from oatlite.workers.spec import END_SIGNAL, EXIT_FINISHED, WorkerSpec
 
 
 def main(spec_path: str) -> int:
@@ -19,7 +20,7 @@ def main(spec_path: str) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # see END_SIGNAL
     signal.signal(END_SIGNAL, signal.SIG_DFL)  # nohup ignores it
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
+    write_stacks_when_asked()
     logging.info("%s of run %s, process %d", spec.role, spec.run_id, os.getpid())
     lifeline = Lifeline(spec)
     try:
@@ -36,7 +37,7 @@ def main(spec_path: str) -> int:
         return lifeline.fail(error)
     lifeline.stage("stopped")
     lifeline.close()
-    return 0
+    return EXIT_FINISHED
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,12 +11,8 @@ from oatlite.algorithms.base import CandidateSet, Duel
 from oatlite.config.schema import Config
 from oatlite.maths.exploration import least_certain_prompts, most_separated_pairs
 from oatlite.messages import Float32
-from oatlite.models import TokenPair
 from oatlite.workers.explorer import Choice
-
-ScorePairs = Callable[[Sequence[TokenPair], int], list[Float32]]
-"""``score(pairs, at_most)``: the reference's log-probabilities of the tokens of both responses of each pair, the first
-one's before the second's; all ranks together, none of which has more than ``at_most`` pairs."""
+from oatlite.workers.reference_scores import ReferenceScores, ScorePairs
 
 
 class ActivePreferences:
@@ -24,12 +20,14 @@ class ActivePreferences:
     each, the two candidates that the implicit reward ``log pi - log pi_ref`` tells apart the most; and of these pairs
     those that it tells apart the most.
 
-    The policy's log-probabilities are the sampler's, and the reference's those of the learner's reference model.
+    The policy's log-probabilities are the sampler's, and the reference's those of the learner's reference model. Both
+    are at temperature 1, the responses at that of sampling: so the entropy is the one that oat estimates, and equation
+    4's at temperature 1 alone.
     """
 
     def __init__(self, config: Config, score_by_reference: ScorePairs) -> None:
         self._config = config
-        self._score_by_reference = score_by_reference
+        self._reference = ReferenceScores(config, score_by_reference, config.explore.num_candidates)
 
     def choose(self, sets: Sequence[CandidateSet], step: int) -> Choice:
         """See :meth:`oatlite.workers.explorer.Explorer.choose`; nothing is drawn, and the head is not there."""
@@ -53,22 +51,3 @@ class ActivePreferences:
         """There is nothing here to learn."""
         del comparisons, num_asked, num_before
         return {}
-
-    def _reference(self, sets: Sequence[CandidateSet]) -> np.ndarray:
-        """log pi_ref of each candidate, (M, N): two by two, which share their prompt."""
-        num_candidates = self._config.explore.num_candidates
-        halves = range(0, num_candidates, 2)
-        pairs = []
-        for one in sets:
-            for n in halves:
-                left, right = one.candidates[n], one.candidates[min(n + 1, num_candidates - 1)]
-                pairs.append(TokenPair(prompt=one.prompt_tokens, chosen=left.tokens, rejected=right.tokens))
-        ranks = int(self._config.placement.learners or 1)
-        at_most = len(halves) * -(-self._config.rollout.prompts_per_step // ranks)
-        scored = self._score_by_reference(pairs, at_most)
-        sums = [
-            (float(found[: len(pair.chosen)].sum()), float(found[len(pair.chosen) :].sum()))
-            for pair, found in zip(pairs, scored, strict=True)
-        ]
-        flat = np.array(sums, np.float64).reshape(len(sets), 2 * len(halves))
-        return flat[:, :num_candidates]

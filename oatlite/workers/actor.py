@@ -37,9 +37,10 @@ from oatlite.oracles import PreferenceOracle, build_oracle, checked
 from oatlite.oracles.features import Encodes, build_encoder
 from oatlite.samplers import sampling_plan
 from oatlite.transport import Spoke, address
-from oatlite.weights import WeightReader
 from oatlite.workers.lifeline import Lifeline
+from oatlite.workers.rest import Awake, Rest
 from oatlite.workers.spec import WorkerSpec, rollout_socket
+from oatlite.workers.turns import Turn
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,24 @@ NO_SCORES = np.zeros(0, np.float32)
 
 def run_actor(spec: WorkerSpec, lifeline: Lifeline) -> None:
     """Start the engine, then the oracle beside it, and serve."""
+    turn = Turn(spec.gpu_lock, timeout_s=spec.turn_s)
+    if turn.is_shared:
+        lifeline.stage("waiting", "for its GPU")
+    with turn.taken():
+        engine, oracles, encoder = _start(spec, lifeline)
+    rest = Awake(engine)
+    if spec.config.placement.sleep:
+        rest = Rest(engine, turn, has_adapter=spec.config.lora.sync == "adapter")
+    rank = spec.learner_of(spec.index)
+    spoke = Spoke(address(spec.private_dir, rollout_socket(rank)), spec.role, spec.run_id)
+    try:
+        Actor(spec, engine, oracles, spoke, lifeline, encoder, rest).serve()
+    finally:
+        spoke.close(flush_s=5.0)
+
+
+def _start(spec: WorkerSpec, lifeline: Lifeline) -> tuple[Engine, dict[str, PreferenceOracle], Encodes | None]:
+    """All that takes memory; an engine that sleeps is asleep at the end."""
     lifeline.stage("starting", "engine")
     engine = Engine(_engine_options(spec))
     lifeline.stage("starting", "oracle")
@@ -60,12 +79,9 @@ def run_actor(spec: WorkerSpec, lifeline: Lifeline) -> None:
     lifeline.stage("starting", "warm-up")
     longest = max(1, min(16, spec.max_model_len - WARM_UP.max_new_tokens))
     log.info("warmed up in %.1f s", engine.warm_up(np.arange(1, 1 + longest, dtype=np.int32)))
-    rank = spec.learner_of(spec.index)
-    spoke = Spoke(address(spec.private_dir, rollout_socket(rank)), spec.role, spec.run_id)
-    try:
-        Actor(spec, engine, oracles, spoke, lifeline, encoder).serve()
-    finally:
-        spoke.close(flush_s=5.0)
+    if spec.config.placement.sleep:
+        engine.sleep(keeps_weights=True)
+    return engine, oracles, encoder
 
 
 def build_oracles(config: Config, *, device: str) -> dict[str, PreferenceOracle]:
@@ -86,7 +102,8 @@ def _engine_options(spec: WorkerSpec) -> EngineOptions:
         max_model_len=spec.max_model_len,
         seed=config.run.seed,
         device=spec.device,
-        gpu_memory_utilization=config.placement.gpu_memory_utilization,
+        gpu_memory_utilization=spec.engine_share,
+        sleeps=bool(config.placement.sleep),
         kv_cache_gib=config.placement.kv_cache_gib,
         threads=spec.threads,
         trust_remote_code=config.model.trust_remote_code,
@@ -94,6 +111,7 @@ def _engine_options(spec: WorkerSpec) -> EngineOptions:
         samplers=frozenset(sampling_plan(build_algorithm(config.algorithm), config.rollout.sampler)),
         reference=config.model.reference or config.model.path,
         mixture_weight=config.sampling.mixture_weight,
+        tensor_parallel_size=config.placement.gpus_per_actor,
     )
 
 
@@ -108,16 +126,18 @@ class Actor:
         spoke: Spoke,
         lifeline: Lifeline,
         encoder: Encodes | None = None,
+        rest: Awake | None = None,
     ) -> None:
         self._spec = spec
         self._engine = engine
         self._oracles = oracles
         self._encoder = encoder
+        self._rest = rest or Awake(engine)
         self._spoke = spoke
         self._lifeline = lifeline
         self._policy_version = 0
         self._manifest: WeightManifest | None = None
-        self._reader: WeightReader | None = None
+        self._has_buffer = False
 
     def serve(self) -> None:
         """Answer until Stop. Raises WorkerDied on a request that this actor cannot be meant by."""
@@ -137,8 +157,9 @@ class Actor:
             case ShmHandle() | CudaIpcHandle():
                 if self._manifest is None:
                     raise WorkerDied("a weight buffer was offered without its manifest")
-                self._reader = WeightReader(self._manifest, message)
-            case _ if self._reader is None:
+                self._engine.open_weights(self._manifest, message)
+                self._has_buffer = True
+            case _ if not self._has_buffer:
                 # Meant for the actor that had this name before; after the answer to our Hello it comes again.
                 log.warning("dropped a %s that came before the weight buffer", type(message).__name__)
             case GenerateRequest():
@@ -152,7 +173,7 @@ class Actor:
                     self._spoke.send(self._encode(message))
             case BucketReady():
                 with self._lifeline.doing("sync", f"version {message.version}"):
-                    self._spoke.send(self._load(message, self._reader))
+                    self._spoke.send(self._load(message))
             case _:
                 raise WorkerDied(f"an actor was sent a {type(message).__name__}")
 
@@ -161,6 +182,7 @@ class Actor:
             raise WorkerDied(
                 f"asked to sample from policy version {request.policy_version} while holding {self._policy_version}"
             )
+        wake_s = self._rest.wake()
         start = time.perf_counter()
         prompts = cut(request.prompt_tokens, request.prompt_lengths)
         samples = self._engine.generate(
@@ -169,6 +191,8 @@ class Actor:
             request.sampling,
             samplers=request.samplers * len(prompts),
         )
+        generate_s = time.perf_counter() - start
+        sleep_s = self._rest.sleep(is_last_of_version=request.is_last_of_version)
         tokens, lengths = join([sample.tokens for sample in samples], "int32")
         logprobs, _ = join([sample.logprobs for sample in samples], "float32")
         return CandidateBatch(
@@ -181,7 +205,9 @@ class Actor:
             sampler_logprobs=logprobs,
             is_finished=np.array([sample.is_finished for sample in samples], np.bool_),
             texts=[sample.text for sample in samples],
-            generate_s=time.perf_counter() - start,
+            generate_s=generate_s,
+            sleep_s=sleep_s,
+            wake_s=wake_s,
         )
 
     def _compare(self, request: CompareRequest) -> PreferenceBatch:
@@ -214,22 +240,20 @@ class Actor:
             encode_s=time.perf_counter() - start,
         )
 
-    def _load(self, offer: BucketReady, reader: WeightReader) -> BucketLoaded:
+    def _load(self, offer: BucketReady) -> BucketLoaded:
         start = time.perf_counter()
         if offer.bucket == 0:
-            self._engine.begin_load()
-        tensors, checksum = reader.read(offer.bucket)
-        read_s = time.perf_counter() - start
-        if checksum != offer.checksum:
-            raise WorkerDied(f"bucket {offer.bucket} of weights {offer.version} arrived damaged")
-        self._engine.load_bucket(tensors)
+            self._rest.begin_load()
+        before_s = time.perf_counter() - start
+        load_s = self._engine.load_shared(offer.bucket, offer.checksum)
+        start = time.perf_counter()
         if offer.is_last:
-            self._engine.finish_load()
+            self._rest.finish_load()
             self._policy_version = offer.version
         return BucketLoaded(
             run_id=offer.run_id,
             version=offer.version,
             bucket=offer.bucket,
-            checksum=checksum,
-            load_s=time.perf_counter() - start - read_s,
+            checksum=offer.checksum,
+            load_s=before_s + load_s + time.perf_counter() - start,
         )

@@ -7,29 +7,45 @@ step j begins only when the version that they hold is ``j - 1 - max_staleness`` 
 
 from __future__ import annotations
 
+import faulthandler
 import threading
+import time
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from oatlite.config.schema import Config
 from oatlite.config.steps import pairs_of_step
+from oatlite.errors import DeadlineExceeded
 from oatlite.workers.contracts import Collects
 
 if TYPE_CHECKING:
     from oatlite.workers.experience import Rollouts
+
+POLL_S = 1.0
 
 
 class Ahead:
     """The sampling half of the steps, in a thread of its own, in order.
 
     The actors are this thread's from :meth:`go_on` to the return of :meth:`pause`, and the caller's otherwise. What a
-    collection raises is raised by the next call from outside.
+    collection raises is raised by the next call from outside, and a collection that hangs by itself, not over an
+    actor, is a DeadlineExceeded there after ``timeouts.learn_s``.
     """
 
-    def __init__(self, config: Config, experience: Collects, num_steps: int, first: int) -> None:
-        """``first`` is the step, of ``num_steps``, that is collected first."""
+    def __init__(
+        self,
+        config: Config,
+        experience: Collects,
+        num_steps: int,
+        first: int,
+        alone_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """``first`` is the step, of ``num_steps``, that is collected first, and ``alone_s`` says how many seconds
+        ago the collection last waited for an actor."""
         self._experience = experience
+        self._alone_s, self._most_alone_s = alone_s, config.timeouts.learn_s
         self._max_staleness = config.rollout.max_staleness
         self._is_strict = config.rollout.strict_staleness
         self._max_queries = config.data.max_queries
@@ -38,7 +54,7 @@ class Ahead:
         self._next = first
         self._queries_before: dict[int, int] = {}
         """By step that may be collected: how many queries were made before it, at most."""
-        self._is_paused, self._is_busy = True, False
+        self._is_paused, self._is_busy, self._began = True, False, 0.0
         self._ready: deque[Rollouts] = deque()
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -63,7 +79,7 @@ class Ahead:
     def take(self) -> Rollouts:
         """The rollouts of the next step, when they are there. :meth:`go_on` has to have allowed it."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._error is not None)
+            self._wait_until(lambda: bool(self._ready) or self._error is not None)
             if not self._ready:
                 assert self._error is not None
                 raise self._error
@@ -74,7 +90,7 @@ class Ahead:
         be, so that the same step is always sampled by the same version."""
         with self._changed:
             self._is_paused = not self._is_strict
-            self._changed.wait_for(lambda: self._error is not None or not (self._is_busy or self._goes_on()))
+            self._wait_until(lambda: self._error is not None or not (self._is_busy or self._goes_on()))
             self._is_paused = True
             if self._error is not None:
                 raise self._error
@@ -86,6 +102,17 @@ class Ahead:
         self.pause()
         return sum(rollouts.num_queries for rollouts in self._ready)
 
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        while not self._changed.wait_for(condition, POLL_S):
+            alone_s = min(self._alone_s(), time.monotonic() - self._began)
+            if self._is_busy and alone_s > self._most_alone_s:
+                faulthandler.dump_traceback()  # this process ends with the error: nobody can ask it afterwards
+                raise DeadlineExceeded(
+                    f"step {self._next} did nothing but choose pairs and score them itself for "
+                    f"{self._most_alone_s:.0f} s (timeouts.learn_s)",
+                    "its stacks are in the log",
+                )
+
     def _goes_on(self) -> bool:
         return not self._is_paused and self._next in self._queries_before
 
@@ -95,7 +122,7 @@ class Ahead:
                 self._is_busy = False
                 self._changed.notify_all()
                 self._changed.wait_for(self._goes_on)
-                self._is_busy = True
+                self._is_busy, self._began = True, time.monotonic()
                 step = self._next
                 num_queries = self._queries_before.pop(step)
             try:
@@ -111,7 +138,21 @@ class Ahead:
 
 
 class Unseen:
-    """Of a thread beside the main one: what it does is shown by the actors, which do it."""
+    """Of a thread beside the main one: what it does is shown by the actors, which do it. All that it tells of are its
+    waits for them."""
 
-    def doing(self, stage: str, detail: str = "") -> AbstractContextManager[None]:
-        return nullcontext()
+    def __init__(self) -> None:
+        self._alone_since: float | None = None
+
+    @contextmanager
+    def doing(self, stage: str, detail: str = "") -> Iterator[None]:
+        self._alone_since = None
+        try:
+            yield
+        finally:
+            self._alone_since = time.monotonic()
+
+    def alone_s(self) -> float:
+        """Seconds since the last of them ended; none within one, and before the first."""
+        since = self._alone_since
+        return 0.0 if since is None else time.monotonic() - since

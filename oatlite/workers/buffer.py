@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from oatlite.layouts import TokenPair
 from oatlite.messages import Float32
-from oatlite.models import TokenPair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

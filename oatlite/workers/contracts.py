@@ -22,13 +22,22 @@ if TYPE_CHECKING:
 
 
 class Actors(Protocol):
-    """``policy_version`` is the one that samples now; ``reload_s`` is what the last sync spent inside the engine."""
+    """``policy_version`` is the one that samples now; ``reload_s`` is what the last sync spent inside the engine, and
+    ``sleep_s`` and ``wake_s`` what engines that sleep have spent in that since they were last set to 0."""
 
     policy_version: int
     reload_s: float
+    sleep_s: float
+    wake_s: float
 
     def generate(
-        self, prompts: Sequence[Int32], seeds: UInt64, samplers: Sequence[str], sampling: SamplingOptions
+        self,
+        prompts: Sequence[Int32],
+        seeds: UInt64,
+        samplers: Sequence[str],
+        sampling: SamplingOptions,
+        *,
+        is_last_of_version: bool = False,
     ) -> tuple[list[list[Candidate]], float]: ...
     def compare(
         self,
@@ -64,11 +73,12 @@ class Explores(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Metrics that add up over ranks, and a row per prompt of this rank; requests to the oracle that failed and were
-    made again, and seconds that it took, where there is one."""
+    """Metrics that add up over ranks, and a row per prompt of this rank; pairs that an oracle was asked about, requests
+    to it that failed and were made again, and seconds that it took, where there is one."""
 
     means: dict[str, Mean]
     rows: list[dict[str, Any]]
+    num_queries: int = 0
     num_failures: int = 0
     score_s: float | None = None
 

@@ -4,7 +4,7 @@ prompts."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from oatlite.algorithms.base import Candidate, CandidateSet
@@ -14,9 +14,38 @@ from oatlite.metrics.records import Mean
 from oatlite.oracles.base import Verdicts, wins, with_draws
 from oatlite.oracles.best_of import best_of
 from oatlite.sampling import SamplingOptions
-from oatlite.workers.contracts import Actors, Favours, Judged, Share
+from oatlite.workers.ahead import Unseen
+from oatlite.workers.contracts import Actors, Favours, Judged, Share, Shows
 from oatlite.workers.experience import EVAL_SEEDS, sample_seeds
 from oatlite.workers.gold import GoldScore
+from oatlite.workers.rollout import Purpose
+
+
+@dataclass(slots=True)
+class _Asked:
+    """Of one evaluation: pairs that an oracle was asked about, requests that failed on the way, and seconds."""
+
+    actors: Actors
+    shows: Shows
+    num_queries: int = 0
+    num_failures: int = 0
+    seconds: float = 0.0
+
+    def compare(
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        references: Sequence[str] | None,
+        *,
+        purpose: Purpose = "train",
+    ) -> Verdicts:
+        with self.shows.doing("score", f"{len(prompts)} pairs of the evaluation"):
+            verdicts, seconds = self.actors.compare(prompts, first, second, references, purpose=purpose)
+        self.num_queries += len(prompts)
+        self.num_failures += verdicts.num_failures
+        self.seconds += seconds
+        return verdicts
 
 
 class Judge:
@@ -30,13 +59,16 @@ class Judge:
         actors: Actors,
         gold: GoldScore | None,
         head: Favours | None = None,
+        shows: Shows | None = None,
     ) -> None:
+        """``shows`` is told when actors are waited for, which has a deadline of its own."""
         self._config = config
         self._share = share
         self._held_out = held_out
         self._actors = actors
         self._gold = gold
         self._head = head
+        self._shows = shows or Unseen()
 
     @property
     def num_prompts(self) -> int:
@@ -54,9 +86,10 @@ class Judge:
         mine: Sequence[int] = self._share.of(range(len(held_out)))
         prompts = [held_out.raw_texts[i] for i in mine]
         references = [held_out.references[i] for i in mine]
-        answers = self._answer(mine, prompts, references)
+        asked = _Asked(self._actors, self._shows)
+        answers = self._answer(mine, prompts, references, asked)
         responses = [answer.text for answer in answers]
-        verdicts, score_s = self._actors.compare(prompts, responses, references, references, purpose="eval")
+        verdicts = asked.compare(prompts, responses, references, references, purpose="eval")
         verdicts = with_draws(verdicts, responses, references)
         means = _oracle_means(verdicts)
         means["response_tokens"], means["truncated"] = Mean(), Mean()
@@ -73,9 +106,17 @@ class Judge:
                 for row, prompt, text in zip(rows, prompts, texts, strict=True):
                     row[name] = self._gold(prompt, text)
                     means[name].add(row[name])
-        return Judged(means, rows, num_failures=verdicts.num_failures, score_s=score_s)
+        return Judged(
+            means,
+            rows,
+            num_queries=asked.num_queries,
+            num_failures=asked.num_failures,
+            score_s=asked.seconds,
+        )
 
-    def _answer(self, mine: Sequence[int], prompts: Sequence[str], references: Sequence[str]) -> list[Candidate]:
+    def _answer(
+        self, mine: Sequence[int], prompts: Sequence[str], references: Sequence[str], asked: _Asked
+    ) -> list[Candidate]:
         """The greedy response to each prompt, or the sample that the epistemic head likes best, and without a head the
         oracle of training."""
         config = self._config.eval
@@ -85,15 +126,18 @@ class Judge:
         rows = self._held_out.rows[list(mine)].tolist()
         seeds = sample_seeds(self._config.run.seed, EVAL_SEEDS, 0, rows, config.best_of_n)
         tokens = [self._held_out.tokens[i] for i in mine]
-        candidates, _ = self._actors.generate(tokens, seeds, ["policy"] * config.best_of_n, sampling)
+        with self._shows.doing("generate", f"{seeds.size} samples for the evaluation"):
+            candidates, _ = self._actors.generate(tokens, seeds, ["policy"] * config.best_of_n, sampling)
         if self._head is not None and config.best_of_n > 1:
             sets = [
                 CandidateSet(prompt=prompt, prompt_tokens=self._held_out.tokens[i], candidates=found)
                 for prompt, i, found in zip(prompts, mine, candidates, strict=True)
             ]
-            return [found[n] for found, n in zip(candidates, self._head.best(sets), strict=True)]
+            with self._shows.doing("score", f"{seeds.size} samples for the evaluation"):
+                favourites = self._head.best(sets)
+            return [found[n] for found, n in zip(candidates, favourites, strict=True)]
         best = best_of(
-            lambda *pairs: self._actors.compare(*pairs)[0],
+            asked.compare,
             prompts,
             [[candidate.text for candidate in found] for found in candidates],
             references,

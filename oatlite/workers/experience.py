@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from oatlite.algorithms.base import Algorithm, Candidate, CandidateSet
 from oatlite.config.schema import Config
-from oatlite.config.steps import prompts_within
+from oatlite.config.steps import candidates_of, prompts_within
 from oatlite.data import PromptSet, epoch_order
 from oatlite.errors import ConfigError
+from oatlite.layouts import TokenPair
 from oatlite.messages import Bool, UInt64
 from oatlite.metrics.records import Mean
-from oatlite.models import TokenPair
-from oatlite.oracles.base import Verdicts, draw_verdicts, flipped, reward_margins, trainable_pairs, wins
+from oatlite.oracles.base import Verdicts, draw_verdicts, flipped, reward_margins, trainable_pairs, wins, with_draws
 from oatlite.samplers import sampling_plan
 from oatlite.sampling import SamplingOptions
 from oatlite.seeds import seed_of
@@ -26,6 +26,7 @@ from oatlite.workers.buffer import TrainingPair
 from oatlite.workers.contracts import Actors, Explores, Share, Shows
 from oatlite.workers.explorer import Choice
 from oatlite.workers.gold import GoldScore
+from oatlite.workers.reference_scores import ReferenceScores, ScorePairs
 
 TRAIN_SEEDS, EVAL_SEEDS, SELECT_DRAWS, VERDICT_DRAWS, FLIP_DRAWS = range(5)
 
@@ -67,7 +68,9 @@ class Experience:
         shows: Shows,
         gold: GoldScore | None,
         explorer: Explores | None = None,
+        score_by_reference: ScorePairs | None = None,
     ) -> None:
+        """``score_by_reference`` is asked where ``algorithm.needs.reference_scores``."""
         self._config = config
         self._share = share
         self._prompts = prompts
@@ -76,6 +79,10 @@ class Experience:
         self._shows = shows
         self._gold = gold
         self._explorer = explorer
+        self._reference_scores = None
+        if explorer is None and algorithm.needs.reference_scores:
+            assert score_by_reference is not None
+            self._reference_scores = ReferenceScores(config, score_by_reference, len(self._plan()))
 
     def collect(self, step: int, num_queries: int) -> Rollouts:
         """The rollouts of ``step`` (from 1) with the policy that the actors hold.
@@ -84,7 +91,7 @@ class Experience:
         """
         of_step, epoch = rows_of_step(len(self._prompts), step, self._config)
         if self._config.data.max_queries is not None:
-            of_step = of_step[: prompts_within(self._config, self._config.data.max_queries - num_queries)]
+            of_step = of_step[: prompts_within(self._config, self._config.data.max_queries - num_queries, step)]
         indices: list[int] = self._share.of(of_step)
         samplers = self._plan()
         seeds = sample_seeds(
@@ -92,7 +99,12 @@ class Experience:
         )
         with self._shows.doing("generate", f"step {step}"):
             found, generate_s = self._actors.generate(
-                [self._prompts.tokens[i] for i in indices], seeds, samplers, SamplingOptions.of(self._config.sampling)
+                [self._prompts.tokens[i] for i in indices],
+                seeds,
+                samplers,
+                SamplingOptions.of(self._config.sampling),
+                is_last_of_version=not self._config.rollout.asynchronous
+                and step % self._config.rollout.sync_every == 0,
             )
         sets = [
             CandidateSet(
@@ -106,7 +118,8 @@ class Experience:
                 choice = self._explorer.choose(sets, step)
             duels = choice.duels
         else:
-            duels = self._algorithm.select(sets, {}, self._draws(SELECT_DRAWS, step))
+            scores = {} if self._reference_scores is None else {"reference": self._reference_scores(sets)}
+            duels = self._algorithm.select(sets, scores, self._draws(SELECT_DRAWS, step))
         if len(duels) > len(sets):
             raise ConfigError(
                 f"{type(self._algorithm).__name__}.select chose {len(duels)} pairs of {len(sets)} prompts",
@@ -139,7 +152,7 @@ class Experience:
             self._teach(rollouts, choice, first_wins, num_queries)
         if self._config.eval.online and references is not None:
             with self._shows.doing("score", f"step {step} against references"):
-                rollouts.means["online_win_rate"] = self._win_rate(contests, [first, second], references)
+                self._judge_online(rollouts, contests, [first, second], references)
         return rollouts
 
     def _ask(
@@ -185,24 +198,25 @@ class Experience:
     def _plan(self) -> list[str]:
         """The sampler of each candidate of a prompt; of more than two, by turns."""
         plan = sampling_plan(self._algorithm, self._config.rollout.sampler)
-        count = len(plan) if self._explorer is None else self._config.explore.num_candidates
-        return [plan[n % len(plan)] for n in range(count)]
+        return [plan[n % len(plan)] for n in range(candidates_of(self._config) or len(plan))]
 
-    def _win_rate(
-        self, contests: Sequence[CandidateSet], sides: Sequence[Sequence[Candidate]], references: Sequence[str]
-    ) -> Mean:
-        """How often a response of either side beats the dataset's answer, by the oracle of evaluation."""
+    def _judge_online(
+        self,
+        rollouts: Rollouts,
+        contests: Sequence[CandidateSet],
+        sides: Sequence[Sequence[Candidate]],
+        references: Sequence[str],
+    ) -> None:
+        """How often a response of either side beats the dataset's answer, by the oracle of evaluation; one that equals
+        it is a draw."""
         answers = list(references) * len(sides)
-        verdicts, _ = self._actors.compare(
-            [contest.prompt for _ in sides for contest in contests],
-            [candidate.text for side in sides for candidate in side],
-            answers,
-            answers,
-            purpose="eval",
-        )
-        rate = Mean()
-        rate.extend(wins(verdicts))
-        return rate
+        prompts = [contest.prompt for _ in sides for contest in contests]
+        responses = [candidate.text for side in sides for candidate in side]
+        verdicts, seconds = self._actors.compare(prompts, responses, answers, answers, purpose="eval")
+        rate = rollouts.means["online_win_rate"] = Mean()
+        rate.extend(wins(with_draws(verdicts, responses, answers)))
+        rollouts.num_failures += verdicts.num_failures
+        rollouts.score_s = (rollouts.score_s or 0.0) + seconds
 
     def _add_pairs(
         self,

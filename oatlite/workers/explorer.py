@@ -1,12 +1,20 @@
 """Exploration by the epistemic reward head: it scores all candidates, chooses which two meet, and learns from verdicts.
 
-Every rank holds the same head. Selection takes a rank's own prompts; comparisons are gathered from all ranks, and each
-rank takes the same steps on them, so that heads stay equal without being sent around.
+Every learner rank holds the same head. Selection takes a rank's own prompts; comparisons are gathered from all ranks,
+and each rank takes the same steps on them, so that heads stay equal without being sent around. A digest of the head
+travels along, and heads that differ end the run.
+
+The head lives here and not at the actors, to which the policy's weights are streamed: selection sees a rank's whole
+batch, which several actors may have sampled; actors stay without state, so that a restarted one repeats its numbers;
+and less travels: of M prompts with N candidates, ``4 M N D`` bytes of D features come from an actor in a step, where
+the E members of width H would be ``4 E H (D + H + 1)`` to send it. These are more while M < E H / N, which is 256
+prompts with the defaults.
 """
 
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +24,9 @@ import torch
 
 from oatlite.algorithms.base import CandidateSet, Duel
 from oatlite.config.schema import Config, ExploreConfig
+from oatlite.config.steps import self_labelled_of
 from oatlite.epistemic import HeadTrainer
+from oatlite.errors import WorkerDied
 from oatlite.maths.ensemble import EpistemicHead
 from oatlite.maths.exploration import (
     MEASURES,
@@ -34,7 +44,8 @@ from oatlite.messages import Bool, Float32
 from oatlite.workers.contracts import Actors, Ranks, Share
 
 SELECT_DRAWS, SELF_DRAWS = 10, 11
-HEADER_BYTES = 4 * 8
+NO_HEAD = -1
+HEADER_BYTES = 5 * 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +75,8 @@ class Explorer:
     def choose(self, sets: Sequence[CandidateSet], step: int) -> Choice:
         """Which two candidates of each prompt meet in ``step``, and which pairs the head labels itself.
 
-        A prompt whose duel would be one candidate against itself is left out. So is a candidate that the encoder
-        cannot take: the first that it can stands in for it.
+        A prompt whose duel would be one candidate against itself is left out. Candidates of one text are one, and the
+        first that the encoder can take stands in for those that it cannot.
         """
         if not sets:
             return Choice(
@@ -73,10 +84,10 @@ class Explorer:
             )
         features, stand_in, seconds = self._features(sets)
         start = time.perf_counter()
-        rewards = self._rewards(features)
-        options, prompts = self._config.explore, np.arange(len(sets))
-        duels = select(rewards, options, self._draws(SELECT_DRAWS, step))
-        own = self._self_labelled(rewards, step)
+        # Equal features may be rounded differently at another place of a product: copies are made equal.
+        rewards = np.take_along_axis(self._rewards(features), stand_in[None], axis=2)
+        duels = select(rewards, stand_in, self._config.explore, self._draws(SELECT_DRAWS, step))
+        own, prompts = self._self_labelled(rewards, step), np.arange(len(sets))
         first = stand_in[prompts, np.where(own.is_there, own.first, duels.first)]
         second = stand_in[prompts, np.where(own.is_there, own.second, duels.second)]
         kept = np.flatnonzero(first != second)
@@ -99,19 +110,25 @@ class Explorer:
 
     def learn(self, comparisons: Float32, num_asked: int, num_before: int) -> dict[str, float]:
         """Learn from this rank's comparisons, features (B, 2, D) of the chosen and the rejected response, and from
-        those of the other ranks; all ranks together.
+        those of the other ranks; all ranks together. Raises WorkerDied where their heads were not the same before.
 
         This rank made ``num_asked`` queries in this step, and all ranks ``num_before`` before it. Gives the accuracy
         on these comparisons before they were learned from, and what was measured while learning; nothing where nothing
         was learned.
         """
-        header = np.array([*comparisons.shape, num_asked], np.int64)
+        header = np.array([*comparisons.shape, num_asked, self._digest()], np.int64)
         parts = self._ranks.gather_bytes(header.tobytes() + comparisons.astype(np.float32).tobytes())
-        num_queries, gathered = num_before, []
+        num_queries, gathered, digests = num_before, [], set()
         for part in parts:
-            asked, theirs = _unpacked(part)
+            asked, digest, theirs = _unpacked(part)
             num_queries += asked
             gathered.append(theirs)
+            digests.add(digest)
+        if len(digests - {NO_HEAD}) > 1:
+            raise WorkerDied(
+                "the learner ranks' epistemic heads have drifted apart, each having learned from the same comparisons",
+                "resume from the last checkpoint; if it happens again, learn with --learners 1",
+            )
         until = self._config.explore.learn_until
         gathered = [part for part in gathered if len(part)]  # a rank without prompts knows no width of features
         if until is not None and num_queries > until:
@@ -139,16 +156,17 @@ class Explorer:
     def _features(self, sets: Sequence[CandidateSet]) -> tuple[Float32, Indices, float]:
         """Features (M, N, D), whose they are (M, N), and seconds.
 
-        In the place of a candidate that the encoder cannot take are those of the first that it can, and zeros where it
-        can take none.
+        Those of a candidate are its own, or of the first with its text; in the place of one that the encoder cannot
+        take, those of the first that it can, and zeros where it can take none.
         """
-        found, seconds = self._actors.encode(
-            [one.prompt for one in sets for _ in one.candidates],
-            [candidate.text for one in sets for candidate in one.candidates],
-        )
-        features = found.reshape(len(sets), -1, found.shape[-1])
+        texts = [[candidate.text for candidate in one.candidates] for one in sets]
+        pairs = [(one.prompt, text) for one, of_one in zip(sets, texts, strict=True) for text in of_one]
+        places = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        found, seconds = self._actors.encode([prompt for prompt, _ in places], [text for _, text in places])
+        features = found[[places[pair] for pair in pairs]].reshape(len(sets), -1, found.shape[-1])
         is_known = ~np.isnan(features).any(2)
-        stand_in = np.where(is_known, np.arange(is_known.shape[1]), is_known.argmax(1)[:, None])
+        own = np.array([[of_one.index(text) for text in of_one] for of_one in texts])
+        stand_in = np.where(is_known, own, is_known.argmax(1)[:, None])
         return np.nan_to_num(features[np.arange(len(sets))[:, None], stand_in]), stand_in, seconds
 
     def _rewards(self, features: Float32) -> Rewards:
@@ -157,6 +175,15 @@ class Explorer:
         with torch.no_grad():
             rewards: Rewards = trainer.head(torch.from_numpy(features).to(self._device)).cpu().numpy()
         return rewards
+
+    def _digest(self) -> int:
+        """Of the head's weights."""
+        if self._trainer is None:
+            return NO_HEAD
+        digest = 1
+        for parameter in self._trainer.head.parameters():
+            digest = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), digest)
+        return digest
 
     def _trainer_for(self, num_features: int) -> HeadTrainer:
         if self._trainer is None:
@@ -176,14 +203,14 @@ class Explorer:
         return self._trainer
 
     def _self_labelled(self, rewards: Rewards, step: int) -> _SelfLabelled:
-        """A random share of the prompts, once the burn-in is over."""
+        """A random share of the prompts, once the burn-in is over; one whose candidates are all alike to the member
+        that labels it has no pair."""
         _, num_prompts, _ = rewards.shape
-        options, rng = self._config.explore, self._draws(SELF_DRAWS, step)
+        rng = self._draws(SELF_DRAWS, step)
         pairs = self_labelled_pairs(rewards, draw_members(rng, len(rewards), num_prompts))
-        count = int(num_prompts * options.self_label_ratio) if step > options.burn_in else 0
         is_there = np.zeros(num_prompts, np.bool_)
-        is_there[rng.permutation(num_prompts)[:count]] = True
-        return _SelfLabelled(pairs.first, pairs.second, is_there & ~pairs.is_clash)
+        is_there[rng.permutation(num_prompts)[: self_labelled_of(self._config, num_prompts, step)]] = True
+        return _SelfLabelled(pairs.first, pairs.second, is_there)
 
     def _draws(self, purpose: int, step: int) -> np.random.Generator:
         return np.random.default_rng([self._config.run.seed, purpose, step, self._share.rank])
@@ -196,25 +223,32 @@ class _SelfLabelled:
     is_there: Bool
 
 
-def select(rewards: Rewards, options: ExploreConfig, rng: np.random.Generator) -> Duels:
-    """The duels by the rule of ``options``, of rewards (E, M, N)."""
+def select(rewards: Rewards, stand_in: Indices, options: ExploreConfig, rng: np.random.Generator) -> Duels:
+    """The duels by the rule of ``options``, of rewards (E, M, N); ``stand_in`` (M, N) says which candidate each is,
+    those of one text having equal rewards."""
     num_members, num_prompts, num_candidates = rewards.shape
     members = draw_members(rng, num_members, num_prompts)
+    is_itself = stand_in == np.arange(num_candidates)
     match options.rule:
         case "sea-bai":
             duels = best_arm_duels(rewards, members, MEASURES[options.uncertainty])
         case "sea-ee":
             duels = explore_exploit_duels(
-                rewards, members, max_tries=options.max_tries, allow_second_best=options.allow_second_best
+                np.where(is_itself, rewards, -np.inf),  # a copy is nobody's second best
+                members,
+                max_tries=options.max_tries,
+                allow_second_best=options.allow_second_best,
             )
         case "uncertainty":
             duels = uncertainty_duels(rewards, MEASURES[options.uncertainty])
         case _:
-            duels = passive_duels(num_prompts)
-    return duels.with_random_others(num_candidates, rng) if options.random_fallback else duels
+            return passive_duels(num_prompts)
+    prompts = np.arange(num_prompts)
+    duels = Duels(stand_in[prompts, duels.first], stand_in[prompts, duels.second])
+    return duels.with_random_others(is_itself, rng) if options.random_fallback else duels
 
 
-def _unpacked(part: bytes) -> tuple[int, Float32]:
-    """A rank's number of queries, and its comparisons (B, 2, D)."""
-    *shape, num_asked = np.frombuffer(part[:HEADER_BYTES], np.int64).tolist()
-    return num_asked, np.frombuffer(part[HEADER_BYTES:], np.float32).reshape(shape)
+def _unpacked(part: bytes) -> tuple[int, int, Float32]:
+    """A rank's number of queries, the digest of its head before this step, and its comparisons (B, 2, D)."""
+    *shape, num_asked, digest = np.frombuffer(part[:HEADER_BYTES], np.int64).tolist()
+    return num_asked, digest, np.frombuffer(part[HEADER_BYTES:], np.float32).reshape(shape)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from oatlite.config.schema import Config
+from oatlite.errors import WorkerDied
 from oatlite.metrics.records import Mean
 from oatlite.workers.ahead import Ahead
 from oatlite.workers.contracts import Actors, Collects, Judges, Keeps, Policies, Ranks, Shows, Updates
 from oatlite.workers.experience import Rollouts
+from oatlite.workers.rollout import ParameterSource
 from oatlite.workers.saving import Progress, Saves
 from oatlite.workers.update import UpdateStats
 
 
 class Learner:
     """One rank of the learner. All ranks go through the same steps; ``journal`` is None on all but rank 0, and
-    ``actors`` where nothing is sampled. ``ahead`` collects in place of this loop, where a run is asynchronous."""
+    ``actors`` where nothing is sampled. ``ahead`` collects in place of this loop, where a run is asynchronous, and
+    ``turn`` is held while it learns, on a GPU that it shares."""
 
     def __init__(
         self,
@@ -40,6 +44,7 @@ class Learner:
         progress: Progress | None = None,
         is_stop_asked: Callable[[], bool] = lambda: False,
         ahead: Ahead | None = None,
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._config = config
         self._num_steps = num_steps
@@ -56,6 +61,7 @@ class Learner:
         self._progress = progress or Progress()
         self._is_stop_asked = is_stop_asked
         self._ahead = ahead
+        self._turn = turn
 
     def run(self) -> bool:
         """All steps that are left, with an evaluation before the first, after the last, and every so often between.
@@ -72,7 +78,7 @@ class Learner:
             clock = _Clock()
             rollouts = self._collect(step)
             clock.lap("collect_s")
-            with self._shows.doing("learn", f"step {step}"):
+            with self._shows.doing("learn", f"step {step}"), self._turn():
                 stats = self._updater.learn(rollouts.pairs, step)
             clock.lap("learn_s")
             if self._ahead is not None:
@@ -80,8 +86,7 @@ class Learner:
                     self._ahead.pause()
                 clock.lap("pause_s")
             if self._actors is not None and step % config.rollout.sync_every == 0:
-                with self._shows.doing("sync", f"version {step}"):
-                    self._actors.sync(step, self._policies.adopt())
+                self._sync(self._actors, step, self._policies.adopt)
             clock.lap("sync_s")
             before = self._progress.num_queries
             self._report(step, rollouts, stats, clock)
@@ -110,7 +115,9 @@ class Learner:
 
     def _give_up(self, ahead: Ahead) -> None:
         """What was sampled ahead is lost in a stop; its queries were spent all the same."""
-        (num_lost,) = map(int, self._ranks.add_up([ahead.give_up()]))
+        with self._shows.doing("generate", "stopping after the batch under way"):
+            num_given_up = ahead.give_up()
+        (num_lost,) = map(int, self._ranks.add_up([num_given_up]))
         self._progress = replace(self._progress, num_queries=self._progress.num_queries + num_lost)
         if num_lost and self._journal is not None:
             self._journal.note(f"stopping: {num_lost} pairs that were judged ahead are not trained on")
@@ -135,9 +142,9 @@ class Learner:
         with self._shows.doing("evaluate", f"step {step}"), self._newest_at_actors(step):
             judged = self._judge.judge()
         means, all_rows = self._add_up(judged.means), self._gather(judged.rows)
-        (failures,) = self._ranks.add_up([judged.num_failures])
+        failures, asked = map(int, self._ranks.add_up([judged.num_failures, judged.num_queries]))
         clock.lap("eval_s")
-        perf = clock.laps | {"score_s": judged.score_s} | ({"oracle_failures": int(failures)} if failures else {})
+        perf = clock.laps | {"score_s": judged.score_s} | ({"oracle_failures": failures} if failures else {})
         if self._journal is not None:
             self._journal.evaluation(step, all_rows)
             share = means["judged"].value if "judged" in means else None
@@ -146,9 +153,15 @@ class Learner:
                     f"evaluation at step {step}: the oracle gave no verdict on {1 - share:.0%} of the held-out "
                     "prompts, which count nowhere"
                 )
-            queries = self._progress.num_queries if self._actors is not None else None
+            has_oracle = self._actors is not None
             self._journal.record(
-                "eval", step=step, queries=queries, prompts=self._judge.num_prompts, perf=perf, **means
+                "eval",
+                step=step,
+                queries=self._progress.num_queries if has_oracle else None,
+                eval_queries=asked if has_oracle else None,
+                prompts=self._judge.num_prompts,
+                perf=perf,
+                **means,
             )
 
     @contextmanager
@@ -159,9 +172,17 @@ class Learner:
             yield
             return
         behaviour_version = actors.policy_version
-        actors.sync(step, self._policies.newest)
+        self._sync(actors, step, lambda: self._policies.newest)
         yield
-        actors.sync(behaviour_version, self._policies.behaviour)
+        self._sync(actors, behaviour_version, lambda: self._policies.behaviour)
+
+    def _sync(self, actors: Actors, version: int, source: Callable[[], ParameterSource]) -> None:
+        """Push weights to the actors. Raises WorkerDied on all ranks where they have not pushed the same."""
+        with self._shows.doing("sync", f"version {version}"):
+            pushed = "".join(actors.sync(version, source()))
+            number = float(int.from_bytes(hashlib.blake2b(pushed.encode(), digest_size=6).digest()))
+            if self._ranks.maximum(number) != -self._ranks.maximum(-number):
+                raise WorkerDied(f"the learner's ranks hold weights {version} that are not the same")
 
     def _report(self, step: int, rollouts: Rollouts, stats: UpdateStats, clock: _Clock) -> None:
         """Add the ranks' numbers up and write the record of the step."""
@@ -194,6 +215,9 @@ class Learner:
         }
         if actors is not None and rollouts.generate_s is not None:
             perf |= {"reload_s": actors.reload_s, "tokens_per_s": tokens / max(rollouts.generate_s, 1e-9)}
+        if actors is not None and actors.sleep_s:
+            perf |= {"sleep_s": actors.sleep_s, "wake_s": actors.wake_s}
+            actors.sleep_s = actors.wake_s = 0.0
         if failures:
             perf["oracle_failures"] = failures
         self._journal.record(

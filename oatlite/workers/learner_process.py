@@ -6,8 +6,7 @@ import logging
 import resource
 import signal
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,44 +16,34 @@ from oatlite.algorithms.base import Algorithm
 from oatlite.checkpoint import checkpoints_of, read
 from oatlite.config.schema import Config
 from oatlite.config.steps import gradient_steps
-from oatlite.data import load_prompts, load_tokenizer
-from oatlite.epistemic import save_head
+from oatlite.data import load_prompts
 from oatlite.loading import load_callable
 from oatlite.lora import (
     Published,
-    adapter_of,
-    adapter_off,
-    adapter_parameters,
-    add_adapter,
-    all_parameters,
-    merged_parameters,
-    write_adapter,
 )
-from oatlite.maths.ensemble import EpistemicHead
 from oatlite.metrics.sinks import Sink, WandbSink
-from oatlite.models import ForwardBatch, PairModel, checkpoint_gradients, choose_layout, load_policy, save_policy
-from oatlite.output_folder import complete_or_absent
 from oatlite.preferences import load_preferences
 from oatlite.trainer import OptimizerOptions, Ranks, Trainer, join_ranks
 from oatlite.transport import Hub, address
 from oatlite.weights import DTYPES, WeightExporter, create_buffer, plan_layout
 from oatlite.workers.active import ActivePreferences
 from oatlite.workers.ahead import Ahead, Unseen
-from oatlite.workers.contracts import Collects, Explores, Judges, Share
+from oatlite.workers.contracts import Collects, Judges, Share, Shows
 from oatlite.workers.evaluation import Judge
 from oatlite.workers.experience import Experience
 from oatlite.workers.explorer import Explorer
 from oatlite.workers.gold import GoldScore, checked_gold
 from oatlite.workers.journal import Journal
+from oatlite.workers.learned import leave_behind, load_learned, reference_of
 from oatlite.workers.learner import Learner
 from oatlite.workers.lifeline import Lifeline
 from oatlite.workers.offline import HeldOutPairs, RecordedExperience
 from oatlite.workers.policies import PolicyWeights, behaviour_is_kept
-from oatlite.workers.reference import ReferenceModel
 from oatlite.workers.rollout import ActorPool, Deadlines
 from oatlite.workers.saving import Keeper, Progress
 from oatlite.workers.spec import STOP_SIGNAL, WorkerSpec, rollout_socket
-from oatlite.workers.update import Layout, Updater
+from oatlite.workers.turns import Turn
+from oatlite.workers.update import Updater
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,50 +56,42 @@ ORACLE_SLACK_S = 30.0
 
 def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
     """Load, meet the other ranks and the actors, run the loop, write the final policy."""
-    config = spec.config
+    config, device = spec.config, _device(spec)
     torch.set_num_threads(spec.threads)
-    device = _device(spec)
     ranks = _ranks(spec, device)
     lifeline.stage("starting", "model")
     algorithm = build_algorithm(config.algorithm)
-    policy, published = _load_policy(spec)
-    tokenizer = load_tokenizer(str(config.model.path), config.model.trust_remote_code)
-    longest = (spec.longest_prompt, spec.longest_response)
-    layout = choose_layout(policy.to(device), len(tokenizer), int(tokenizer.pad_token_id), device, longest=longest)
-    if config.learner.gradient_checkpointing:
-        checkpoint_gradients(policy.model)
-    sent = published[config.lora.sync]
-    dtype = DTYPES[config.model.dtype]
-    lifeline.stage("starting", "ranks")
+    policy = load_learned(spec, device)
+    sent, dtype = policy.published[config.lora.sync], DTYPES[config.model.dtype]
+    lifeline.stage("waiting", "for ranks")
     join_ranks(ranks)
-    pool = None
-    if not config.rollout.offline:
-        pool = _connect(spec, sent, dtype, device, vocab_size=policy.model.get_input_embeddings().num_embeddings)
-    trainer = Trainer(policy, _optimizer_options(spec), ranks)
-    policies = PolicyWeights(
-        trainer,
-        sent,
-        dtype,
-        keeps_behaviour=pool is not None and behaviour_is_kept(config),
-    )
-    rows = Layout(name=layout, pad_token_id=int(tokenizer.pad_token_id), device=device)
-    reference, at_hand = _reference(config, algorithm, device, policy, trainer)
-    updater = Updater(config, trainer, algorithm, reference, rows, at_hand)
+    lifeline.stage("starting", "trainer")
+    pool = None if config.rollout.offline else _connect(spec, sent, dtype, device, policy.vocab_size)
+    trainer = Trainer(policy.model, _optimizer_options(spec), ranks)
+    policies = PolicyWeights(trainer, sent, dtype, keeps_behaviour=pool is not None and behaviour_is_kept(config))
+    reference, at_hand = reference_of(config, algorithm, device, policy.model, trainer)
+    updater = Updater(config, trainer, algorithm, reference, policy.rows, at_hand)
     share = Share(rank=spec.index, count=int(config.placement.learners or 1))
     head = None
     if pool is not None and config.explore.rule not in ("none", "apl"):
         head = Explorer(config, share, pool, trainer, device)
-    explorer = ActivePreferences(config, updater.score_by_reference) if config.explore.rule == "apl" else head
-    experience, judge = _halves(spec, pool, algorithm, updater, tokenizer, lifeline, share, explorer, head)
+    lifeline.stage("starting", "data")
+    beside = Unseen() if config.rollout.asynchronous else None
+    experience, judge = _halves(
+        spec, pool, algorithm, updater, policy.tokenizer, lifeline, beside or lifeline, share, head
+    )
     keeper, progress = _checkpoints(spec, trainer, policies, updater, lifeline, head)
     journal = None
     if spec.index == 0:
         journal = Journal(spec.run_dir, lifeline, _more_sinks(spec), resumed_step=progress.step or None)
     is_stop_asked = threading.Event()
     signal.signal(STOP_SIGNAL, lambda *_: is_stop_asked.set())
+    gives_back = torch.cuda.empty_cache if config.placement.sleep else None
     if pool is not None:
-        lifeline.stage("starting", "waiting for actors")
+        lifeline.stage("waiting", "for actors")
         pool.wait_until_ready()
+        if gives_back is not None:
+            gives_back()
         pool.sync(progress.policy_version, policies.behaviour)
     lifeline.stage("idle")
     is_complete = Learner(
@@ -128,24 +109,19 @@ def run_learner(spec: WorkerSpec, lifeline: Lifeline) -> None:
         keeper=keeper,
         progress=progress,
         is_stop_asked=is_stop_asked.is_set,
-        ahead=Ahead(config, experience, spec.most_steps, progress.step + 1) if config.rollout.asynchronous else None,
+        ahead=Ahead(config, experience, spec.most_steps, progress.step + 1, beside.alone_s) if beside else None,
+        turn=Turn(spec.gpu_lock, gives_back, timeout_s=spec.turn_s).taken,
     ).run()
     if pool is not None:
         pool.stop()
     if is_complete:
         with lifeline.doing("saving", "model"):
             is_kept = spec.index == 0
-            _save(
-                spec,
-                policy,
-                {way: policies.copy_to_host(dtype, one, is_kept=is_kept) for way, one in published.items()},
-                head.head if head is not None else None,
-            )
-    if journal is not None:
-        journal.close()
-    if pool is not None:
-        pool.close()
-    trainer.close()
+            hosted = {way: policies.copy_to_host(dtype, one, is_kept=is_kept) for way, one in policy.published.items()}
+            leave_behind(spec, policy.model, hosted, head.head if head is not None else None)
+    for part in (journal, pool, trainer):
+        if part is not None:
+            part.close()
 
 
 def _checkpoints(
@@ -179,9 +155,9 @@ def _halves(
     algorithm: Algorithm,
     updater: Updater,
     tokenizer: PreTrainedTokenizerBase,
-    lifeline: Lifeline,
+    shows: Shows,
+    shows_sampling: Shows,
     share: Share,
-    explorer: Explores | None,
     head: Explorer | None,
 ) -> tuple[Collects, Judges]:
     """Where pairs come from, and what a policy is judged by: with actors or, offline, without."""
@@ -192,42 +168,12 @@ def _halves(
     prompts, held_out = load_prompts(
         config.data, config.eval.prompts, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
     )
+    explorer = ActivePreferences(config, updater.score_by_reference) if config.explore.rule == "apl" else head
     gold = _gold(config)
-    shows = Unseen() if config.rollout.asynchronous else lifeline
-    experience = Experience(config, share, prompts, algorithm, pool, shows, gold, explorer)
-    return experience, Judge(config, share, held_out, pool, gold, head)
-
-
-def _load_policy(spec: WorkerSpec) -> tuple[PairModel, dict[str, dict[str, Published]]]:
-    """The policy, with its adapter if it has one, and what can be sent of it by the ways of ``lora.sync``."""
-    quantized_on = _device(spec) if spec.config.lora.quantize != "none" else None
-    policy = PairModel(_load(spec.config, spec.config.model.path, quantized_on))
-    adapter = adapter_of(spec.config.lora)
-    if adapter is None:
-        return policy, {"merged": all_parameters(policy.model)}
-    add_adapter(policy.model, adapter, spec.config.run.seed)
-    return policy, {"merged": merged_parameters(policy.model), "adapter": adapter_parameters(policy.model)}
-
-
-def _save(
-    spec: WorkerSpec,
-    policy: PairModel,
-    weights: Mapping[str, dict[str, torch.Tensor]],
-    head: EpistemicHead | None,
-) -> None:
-    """Leave the last policy behind, by the first rank: as a model, and its adapter alone if it has one; and the head
-    of exploration."""
-    if spec.index != 0:
-        return
-    base, adapter = str(spec.config.model.path), adapter_of(spec.config.lora)
-    with complete_or_absent(spec.run_dir / "model") as folder:
-        save_policy(policy.model, weights["merged"], base, folder)
-    if adapter is not None:
-        with complete_or_absent(spec.run_dir / "adapter") as folder:
-            write_adapter(folder, weights["adapter"], adapter, base=base)
-    if head is not None:
-        with complete_or_absent(spec.run_dir / "head") as folder:
-            save_head(folder, head, encoder=spec.config.explore.encoder or spec.config.oracle.path[0])
+    experience = Experience(
+        config, share, prompts, algorithm, pool, shows_sampling, gold, explorer, updater.score_by_reference
+    )
+    return experience, Judge(config, share, held_out, pool, gold, head, shows)
 
 
 def _ranks(spec: WorkerSpec, device: torch.device) -> Ranks:
@@ -242,35 +188,6 @@ def _ranks(spec: WorkerSpec, device: torch.device) -> Ranks:
 
 def _device(spec: WorkerSpec) -> torch.device:
     return torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
-
-
-def _load(config: Config, path: str | None, quantized_on: torch.device | None = None) -> torch.nn.Module:
-    assert path is not None
-    return load_policy(
-        path,
-        DTYPES[config.model.dtype],
-        trust_remote_code=config.model.trust_remote_code,
-        quantized_on=quantized_on,
-    )
-
-
-def _reference(
-    config: Config, algorithm: Algorithm, device: torch.device, policy: PairModel, trainer: Trainer
-) -> tuple[Callable[[ForwardBatch], torch.Tensor] | None, Callable[[], AbstractContextManager[None]]]:
-    """What scores a pair for the reference: nothing, a model of its own, or the policy with its adapter off. And what
-    has to be open meanwhile."""
-    if not (algorithm.needs.reference or config.learner.log_kl or config.explore.rule == "apl"):
-        return None, nullcontext
-    if config.lora.rank and config.model.reference == config.model.path:
-
-        def base(batch: ForwardBatch) -> torch.Tensor:
-            with adapter_off(policy.model):
-                return trainer.forward(batch)
-
-        return base, nullcontext
-    model = PairModel(_load(config, config.model.reference))
-    reference = ReferenceModel(model, device, is_offloaded=config.learner.reference_offload)
-    return reference, reference.at_hand
 
 
 def _connect(

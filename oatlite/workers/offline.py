@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from oatlite.config.schema import Config
+from oatlite.layouts import TokenPair
 from oatlite.metrics.records import Mean
-from oatlite.models import TokenPair
 from oatlite.preferences import PreferenceSet
 from oatlite.workers.buffer import Entry, TrainingPair
 from oatlite.workers.contracts import Judged, Share

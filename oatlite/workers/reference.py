@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from oatlite.models import ForwardBatch, PairModel
+from oatlite.layouts import ForwardBatch
+from oatlite.models import PairModel
 
 
 class ReferenceModel:

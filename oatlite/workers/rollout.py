@@ -86,7 +86,7 @@ class ActorPool:
         self._num_batches = 0
         self._set_aside: deque[tuple[str, Message]] = deque()
         self.policy_version = 0
-        self.reload_s = 0.0
+        self.reload_s = self.sleep_s = self.wake_s = 0.0
 
     def wait_until_ready(self) -> None:
         """Raises DeadlineExceeded naming the actors that did not start."""
@@ -106,10 +106,13 @@ class ActorPool:
         seeds: UInt64,
         samplers: Sequence[str],
         sampling: SamplingOptions,
+        *,
+        is_last_of_version: bool = False,
     ) -> tuple[list[list[Candidate]], float]:
         """Sample ``len(samplers)`` candidates for each of M prompts; ``seeds`` is (M, N).
 
-        Returns the candidates and the longest time that an actor spent generating, in seconds.
+        ``is_last_of_version`` promises that a sync comes before the next call. Returns the candidates and the longest
+        time that an actor spent generating, in seconds.
         """
         parts = self._split(len(prompts))
         requests = {}
@@ -123,10 +126,13 @@ class ActorPool:
                 prompt_lengths=lengths,
                 seeds=seeds[part].reshape(-1),
                 samplers=list(samplers),
+                is_last_of_version=is_last_of_version,
                 **asdict(sampling),
             )
         answers = self._exchange(requests, CandidateBatch, self._deadlines.generate_s, self._answers_generate)
         candidates = [candidate for peer in parts for candidate in _candidates(answers[peer], len(samplers))]
+        self.sleep_s += max((answer.sleep_s for answer in answers.values()), default=0.0)
+        self.wake_s += max((answer.wake_s for answer in answers.values()), default=0.0)
         return candidates, max((answer.generate_s for answer in answers.values()), default=0.0)
 
     def compare(
@@ -157,14 +163,7 @@ class ActorPool:
         }
         answers = self._exchange(requests, PreferenceBatch, self._deadlines.oracle_s, _answers_compare)
         batches = [answers[peer] for peer in parts]
-        has_scores = bool(batches) and all(batch.first_scores.size for batch in batches)
-        verdicts = Verdicts(
-            first_win=_concatenate([batch.first_win for batch in batches]),
-            is_valid=np.concatenate([batch.is_valid for batch in batches] or [np.zeros(0, bool)]),
-            first_scores=_concatenate([batch.first_scores for batch in batches]) if has_scores else None,
-            second_scores=_concatenate([batch.second_scores for batch in batches]) if has_scores else None,
-            num_failures=sum(batch.num_failures for batch in batches),
-        )
+        verdicts = Verdicts.joined([_verdicts(batch) for batch in batches])
         return verdicts, max((batch.oracle_s for batch in batches), default=0.0)
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Float32, float]:
@@ -353,8 +352,15 @@ def _answers_encode(request: EncodeRequest, answer: FeatureBatch) -> bool:
     return answer.batch_id == request.batch_id and answer.features.size == answer.num_features * len(request.prompts)
 
 
-def _concatenate(parts: list[Float32]) -> Float32:
-    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+def _verdicts(batch: PreferenceBatch) -> Verdicts:
+    has_scores = bool(batch.first_scores.size)
+    return Verdicts(
+        first_win=batch.first_win,
+        is_valid=batch.is_valid,
+        first_scores=batch.first_scores if has_scores else None,
+        second_scores=batch.second_scores if has_scores else None,
+        num_failures=batch.num_failures,
+    )
 
 
 def _candidates(answer: CandidateBatch, num_candidates: int) -> list[list[Candidate]]:

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from oatlite.checkpoint import Checkpoint, CheckpointWriter, FileRecord, prune
+from oatlite.layouts import TokenPair
 from oatlite.messages import cut, join
-from oatlite.models import TokenPair
 from oatlite.samplers import SAMPLERS
 from oatlite.trainer import Trainer
 from oatlite.workers.buffer import Entry, PairBuffer, TrainingPair

@@ -18,12 +18,16 @@ STOP_SIGNAL = signal.SIGUSR2
 END_SIGNAL = signal.SIGHUP
 """Ends a worker at once. SIGTERM does not: whoever sends that to all processes of a run means the supervisor, which has
 the step saved first."""
+EXIT_FINISHED = 64
+"""How a worker ends whose work is done. Not 0: a library that ends the process in the middle of it may say that."""
 
 
 class WorkerSpec(BaseModel):
     """Lengths in tokens, steps and ``fingerprints`` are what the preflight found (``num_steps`` those that the learning
     rate is planned for); ``device`` is ``cpu`` or
-    ``cuda``, of which the worker sees one; ``resume_from`` is the folder of a checkpoint."""
+    ``cuda``, of which the worker sees one, and an actor's engine takes ``engine_share`` (with ``gpu_lock``, a
+    file, other processes are there too); ``resume_from`` is the folder
+    of a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,6 +44,8 @@ class WorkerSpec(BaseModel):
     num_steps: int
     most_steps: int
     fingerprints: dict[str, str]
+    engine_share: float | None = None
+    gpu_lock: Path | None = None
     resume_from: Path | None = None
     config: Config
 
@@ -50,6 +56,11 @@ class WorkerSpec(BaseModel):
     @property
     def role(self) -> str:
         return role_name(self.kind, self.index)
+
+    @property
+    def turn_s(self) -> float:
+        """Longer than the others on its GPU may hold it, one after the other."""
+        return self.config.timeouts.learn_s + int(self.config.placement.actors or 1) * self.config.timeouts.start_s
 
     def learner_of(self, actor: int) -> int:
         """Actor i serves rank i mod ranks."""

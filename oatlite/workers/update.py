@@ -14,12 +14,12 @@ import torch
 from oatlite.algorithms.base import Algorithm
 from oatlite.config.schema import Config
 from oatlite.config.steps import gradient_steps
+from oatlite.layouts import ForwardBatch, LayoutName, TokenPair, lay_out
 from oatlite.maths.logprobs import mismatch, truncated_importance
 from oatlite.maths.losses import PairLosses
 from oatlite.maths.pairs import PairBatch, ResponseLogprobs, pair_tokens
 from oatlite.messages import Float32
 from oatlite.metrics.records import Mean
-from oatlite.models import ForwardBatch, LayoutName, TokenPair, lay_out
 from oatlite.trainer import StepResult
 from oatlite.workers.buffer import Entry, PairBuffer, TrainingPair
 
@@ -47,7 +47,7 @@ class Layout:
     device: torch.device
 
     def rows(self, tokens: Sequence[TokenPair], **wants: bool) -> ForwardBatch:
-        """As :func:`oatlite.models.lay_out`, which knows what can be wanted."""
+        """As :func:`oatlite.layouts.lay_out`, which knows what can be wanted."""
         return lay_out(tokens, self.name, self.pad_token_id, self.device, **wants)
 
 

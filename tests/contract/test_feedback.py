@@ -1,4 +1,7 @@
-"""Both ends of ``/get_feedback`` against oat's other end, which is written here from its behaviour."""
+"""Both ends of ``/get_feedback`` against oat's other end, which is written here from its behaviour.
+
+Fields, paths and which of them are empty are those of ``oat/oracles/remote`` in oat 0.2.3 (commit c1a074c).
+"""
 
 import contextlib
 import math

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from oatlite.engine import Sample
+from oatlite.engine.model import load_checked
+from oatlite.engine.states import Move, State, after
 from oatlite.errors import DeadlineExceeded, WorkerDied
 from oatlite.messages import (
     BucketLoaded,
@@ -36,7 +38,9 @@ from oatlite.sampling import SamplingOptions
 from oatlite.transport import Hub, Spoke, address
 from oatlite.weights import SHM_FOLDER, ShmBuffer, WeightExporter, WeightReader, plan_layout
 from oatlite.workers.actor import Actor
+from oatlite.workers.rest import Rest
 from oatlite.workers.rollout import ActorPool, Deadlines
+from oatlite.workers.turns import Turn
 
 SOON_S = 30.0  # far more than anything here takes
 MOMENT_S = 0.2  # for a message to arrive; a test that loses this race passes, it never fails
@@ -186,6 +190,8 @@ def generated(request):
         is_finished=request.seeds % 2 == 0,
         texts=[text for _, text in samples],
         generate_s=float(len(samples)),
+        sleep_s=0.25,
+        wake_s=0.5,
     )
 
 
@@ -285,8 +291,8 @@ PROMPTS = [np.arange(i + 1, 2 * i + 2, dtype=np.int32) for i in range(5)]
 SEEDS = np.arange(100, 110, dtype=np.uint64).reshape(5, 2)
 
 
-def generate(pool, count=5):
-    return pool.generate(PROMPTS[:count], SEEDS[:count], ["policy", "mixture"], SAMPLING)
+def generate(pool, count=5, **promises):
+    return pool.generate(PROMPTS[:count], SEEDS[:count], ["policy", "mixture"], SAMPLING, **promises)
 
 
 def assert_generated(candidates, count=5):
@@ -850,11 +856,53 @@ class FakeEngine:
     def begin_load(self):
         self.loading = {}
 
+    def open_weights(self, manifest, handle):
+        self.reader = WeightReader(manifest, handle)
+
     def load_bucket(self, tensors):
         self.loading.update({name: tensor.clone() for name, tensor in tensors})
 
+    def load_shared(self, bucket, checksum):
+        return load_checked(self.reader, bucket, checksum, self.load_bucket)
+
     def finish_load(self):
         self.loaded, self.loading = self.loading, None
+
+
+class FakeSleeper(FakeEngine):
+    """Sleeps and wakes as an engine on a GPU does, by the same table, and notes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.state, self.moves = State.ASLEEP, []
+
+    def _move(self, move):
+        self.state = after(self.state, move)
+        self.moves.append(move.value)
+
+    def generate(self, *arguments, **options):
+        self._move(Move.GENERATE)
+        return super().generate(*arguments, **options)
+
+    def begin_load(self):
+        self._move(Move.BEGIN_LOAD)
+        super().begin_load()
+
+    def finish_load(self):
+        self._move(Move.FINISH_LOAD)
+        super().finish_load()
+
+    def sleep(self, *, keeps_weights):
+        self._move(Move.SLEEP if keeps_weights else Move.SLEEP_EMPTY)
+
+    def wake(self):
+        self._move(Move.WAKE)
+
+    def wake_weights(self):
+        self._move(Move.WAKE_WEIGHTS)
+
+    def wake_cache(self):
+        self._move(Move.WAKE_CACHE)
 
 
 class LengthOracle(PreferenceOracle):
@@ -888,20 +936,20 @@ class NoLifeline:
 class RealActor:
     """The actor of a run, with its loop in a thread, and an engine and an oracle that are quick."""
 
-    def __init__(self, world):
-        self.engine = FakeEngine()
+    def __init__(self, world, engine=None, rest=None):
+        self.engine = engine or FakeEngine()
         self.error = None
         self._spoke = Spoke(world.where, "actor-0", world.run_id)
         spec = type("Spec", (), {"run_id": world.run_id, "role": "actor-0"})
         oracles = {"train": LengthOracle(), "eval": LengthOracle(is_turned=True)}
-        self._actor = Actor(spec, self.engine, oracles, self._spoke, NoLifeline())
+        self._actor = Actor(spec, self.engine, oracles, self._spoke, NoLifeline(), rest=rest)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self):
         try:
             self._actor.serve()
-        except WorkerDied as error:
+        except (WorkerDied, RuntimeError) as error:
             self.error = error
         finally:
             self._spoke.close(flush_s=1.0)
@@ -932,6 +980,52 @@ def test_the_actor_of_a_run_serves_the_pool(world):
     np.testing.assert_allclose(judged.first_win, 1 - verdicts.first_win, atol=1e-6)
     pool.stop()
     assert actor.ended() and actor.error is None
+
+
+SYNC = ["wake its weights", "begin to load weights", "finish a load", "wake its cache"]
+
+
+def sleeper(world, *, has_adapter=False):
+    engine = FakeSleeper()
+    return RealActor(world, engine, Rest(engine, Turn(world.folder / "gpu-0.lock"), has_adapter=has_adapter))
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_an_actor_sleeps_from_its_answer_to_the_next_request_or_sync(world, has_adapter):
+    """An evaluation in between, and one of weights that are not the behaviour's, as with a sync now and then."""
+    pool = world.open()
+    pool._actors.append("actor-0")
+    actor = sleeper(world, has_adapter=has_adapter)
+    pool.wait_until_ready()
+    pool.sync(0, world.source(0))
+    assert_generated(generate(pool)[0])
+    assert actor.engine.state is State.ASLEEP, "before its answer has come"
+    pool.compare(TEXTS["prompts"], TEXTS["first"], TEXTS["second"])
+    assert_generated(generate(pool, is_last_of_version=True)[0])
+    assert actor.engine.state is (State.ASLEEP if has_adapter else State.EMPTY)
+    pool.sync(1, world.source(1))
+    assert all(torch.equal(actor.engine.loaded[name], value) for name, value in parameters_of(1).items())
+    pool.sync(2, world.source(2))
+    assert_generated(generate(pool)[0])
+    last = "sleep" if has_adapter else "sleep without weights"
+    again = ["begin to load weights", "finish a load", "generate", "sleep"]
+    assert actor.engine.moves == [*SYNC, "generate", "sleep", "wake", "generate", last, *SYNC, *again]
+    assert pool.sleep_s > 0 and pool.wake_s > 0
+    pool.stop()
+    assert actor.ended() and actor.error is None
+
+
+def test_an_actor_that_was_promised_weights_samples_with_none(world):
+    pool = world.open()
+    pool._actors.append("actor-0")
+    actor = sleeper(world)
+    pool.wait_until_ready()
+    pool.sync(0, world.source(0))
+    generate(pool, is_last_of_version=True)
+    pool._deadlines = dataclasses.replace(pool._deadlines, generate_s=MOMENT_S)
+    with pytest.raises(DeadlineExceeded):
+        generate(pool)
+    assert actor.ended() and "cannot wake while it is asleep without weights" in str(actor.error)
 
 
 @pytest.mark.parametrize("kind", [GenerateRequest, BucketReady])

@@ -135,6 +135,8 @@ def test_arrays_of_fifty_megabytes_arrive_whole(endpoints):
         is_finished=np.array([True]),
         texts=["long"],
         generate_s=0.0,
+        sleep_s=0.0,
+        wake_s=0.0,
     )
     spoke.send(sent)
     _, received = hub.receive(SOON_S)

@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from oatlite.algorithms import build_algorithm  # noqa: E402
 from oatlite.config.algorithms import ALGORITHM_CONFIGS  # noqa: E402
 from oatlite.config.schema import Config  # noqa: E402
+from oatlite.layouts import ForwardBatch, TokenPair  # noqa: E402
 from oatlite.lora import AdapterOptions, adapter_off, add_adapter, all_parameters, merged_parameters  # noqa: E402
-from oatlite.models import ForwardBatch, PairModel, TokenPair  # noqa: E402
+from oatlite.models import PairModel  # noqa: E402
 from oatlite.trainer import OptimizerOptions, Ranks, Trainer  # noqa: E402
 from oatlite.workers.buffer import TrainingPair  # noqa: E402
 from oatlite.workers.update import Layout, Updater  # noqa: E402

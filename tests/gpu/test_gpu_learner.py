@@ -31,7 +31,8 @@ def test_deepspeed_steps_as_torch_does(scale: Scale, tmp_path: Path) -> None:
     from gpu_rows.plain_trainer import PlainTrainer
     from transformers import AutoModelForCausalLM
 
-    from oatlite.models import PairModel, lay_out
+    from oatlite.layouts import lay_out
+    from oatlite.models import PairModel
     from oatlite.trainer import OptimizerOptions, Ranks, Trainer
 
     options = OptimizerOptions(

@@ -134,13 +134,14 @@ def test_a_handle_of_a_gpu_that_is_not_here_is_refused(scale: Scale) -> None:
     buffer.close()
 
 
-def test_expandable_segments_are_refused_with_what_to_do(scale: Scale) -> None:
+@pytest.mark.parametrize("setting", ["expandable_segments:True", "backend:cudaMallocAsync"])
+def test_memory_that_cannot_be_shared_is_refused_with_what_to_do(setting: str, scale: Scale) -> None:
     code = (
         "import torch; from oatlite.errors import ConfigError; from oatlite.weights import CudaIpcBuffer\n"
         "try: CudaIpcBuffer(1024, torch.device('cuda', 0))\n"
         "except ConfigError as error: print(error.message, '/', error.fix)"
     )
-    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": setting}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in done.stdout
+    assert f"PYTORCH_CUDA_ALLOC_CONF={setting}" in done.stdout
     assert "sync.transport=shm" in done.stdout

@@ -14,7 +14,7 @@ from runs import TWO_BY_TWO, Inputs, Run, train  # noqa: E402
 from small_demo import SMALL_DEMO  # noqa: E402
 from small_folders import save_model  # noqa: E402
 
-from oatlite.demo.build import ensure_demo  # noqa: E402
+from oatlite.demo.build import Recipe, cache_root, ensure_demo, recipe_hash  # noqa: E402
 
 # Big enough for vLLM's attention kernels, small enough to start at once.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
@@ -54,14 +54,24 @@ def neox(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """The demo's own task and how it makes its models, small; it has no pairs."""
+def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is ``XDG_CACHE_HOME`` where ``demo`` is a small one."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        paths = ensure_demo(lambda *_: None, SMALL_DEMO)
+        small = ensure_demo(lambda *_: None, SMALL_DEMO).policy.parent
+        small.rename(cache_root() / recipe_hash(Recipe()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(demo_cache: Path) -> Inputs:
+    """The demo's own task and how it makes its models, small; it has no pairs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(demo_cache))
+        paths = ensure_demo()
     return Inputs(
-        policy=paths.policy, reward_model=paths.reward_model, prompts=paths.prompts, preferences=folder / "none"
+        policy=paths.policy, reward_model=paths.reward_model, prompts=paths.prompts, preferences=demo_cache / "none"
     )
 
 

@@ -99,7 +99,8 @@ def wait_until(condition: Callable[[], bool], seconds: float, why: Callable[[], 
 
 
 class EngineMode:
-    """What the engines of a run do: ``fast``, ``slow`` or ``raise``; see ``in_every_process``."""
+    """What the engines of a run do: ``fast``, ``slow``, ``raise``, ``hang``, ``leave`` or ``deaf``; see
+    ``in_every_process``."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -113,12 +114,18 @@ class EngineMode:
 
 
 class Stopwatch:
-    """Seconds since it was made, said where pytest shows output, and held against a bound."""
+    """Seconds since it was made, or ``since`` then, said where pytest shows output, and held against a bound."""
 
-    def __init__(self) -> None:
-        self._start = time.monotonic()
+    def __init__(self, since: float | None = None) -> None:
+        self._start = time.monotonic() if since is None else since
 
-    def within(self, seconds: float, what: str) -> None:
+    def within(self, seconds: float, what: str) -> float:
         took = time.monotonic() - self._start
         print(f"FAULT {what}: {took:.1f} s")
         assert took <= seconds, what
+        return took
+
+
+def resident_bytes(pid: int) -> int:
+    words = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(words.split()[1]) * 1024

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,8 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oatlite.launcher import RUN_VARIABLE
+
 # Every run of these tests puts its private folder here, so that what is left behind is known to be theirs.
 TEMPORARY = Path(tempfile.mkdtemp(prefix="ot-"))
+
+
+@atexit.register
+def _remove(maker: int = os.getpid()) -> None:
+    if os.getpid() == maker:  # and not a process that was forked from it
+        shutil.rmtree(TEMPORARY, ignore_errors=True)
+
+
 ENVIRONMENT = os.environ | {"TMPDIR": str(TEMPORARY), "WANDB_MODE": "offline"}
 OATLITE = Path(sys.executable).with_name("oatlite")
 DEADLINE_S = 300.0
@@ -54,12 +66,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def command(inputs: Inputs, folder: Path, *more: str) -> list[str]:
     online = ("--oracle", str(inputs.reward_model), "--prompts", str(inputs.prompts))
     sampling = ("--max-new-tokens", "12", "--temperature", "1.0")
+    what = ("--preferences", str(inputs.preferences)) if "--offline" in more else (*online, *sampling)
+    return demo_command(folder, "--model", str(inputs.policy), *what, *more)
+
+
+def demo_command(folder: Path, *more: str) -> list[str]:
+    """Of a run that is the demo where ``more`` names no model and no data."""
     return [
-        *(str(OATLITE), "train", "--gpus", "0", "--ui", "plain", "--model", str(inputs.policy)),
-        *(("--preferences", str(inputs.preferences)) if "--offline" in more else (*online, *sampling)),
+        *(str(OATLITE), "train", "--gpus", "0", "--ui", "plain"),
         *("--run-dir", str(folder.parent), "--name", folder.name),
         *("--prompts-per-step", "16", "--micro-batch-size", "4", "--max-prompts", "48"),
-        *("--eval-every", "2", "--eval-prompts", "8", "--lr", "0.001"),
+        *(() if "--eval-every-queries" in more else ("--eval-every", "2")),
+        *("--eval-prompts", "8", "--lr", "0.001"),
         *more,
     ]
 
@@ -94,12 +112,15 @@ def leftovers(folder: Path) -> list[str]:
     """Processes, shared memory and private folders of the run in ``folder``, known by the run's id in its logs."""
     logs = "".join(path.read_text(errors="replace") for path in (folder / "logs").glob("*.log"))
     found = [str(path) for path in TEMPORARY.glob("oatlite-*")]
+    of_a_run = f"{RUN_VARIABLE}={TEMPORARY}/".encode()  # of what libraries start, too
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and str(TEMPORARY).encode() in (entry / "cmdline").read_bytes():
-                found.append((entry / "cmdline").read_text())
+            if entry.name.isdigit():
+                command, environment = ((entry / name).read_bytes() for name in ("cmdline", "environ"))
+                if str(TEMPORARY).encode() in command or of_a_run in environment:
+                    found.append(command.decode(errors="replace"))
     for run_id in set(re.findall(r"of run ([0-9a-f]+)", logs)):
-        found += [str(path) for path in Path("/dev/shm").glob(f"oatlite-{run_id}-*")]
+        found += [str(path) for path in Path("/dev/shm").glob(f"*oatlite-{run_id}-*")]  # semaphores: sem.oatlite-…
     return found
 
 

@@ -6,12 +6,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from live import EngineMode, live
+from live import EngineMode, live, resident_bytes
 from runs import Inputs, Run, command, leftovers, read_lines, train
 from safetensors.torch import load_file
 from test_resume import resume
 
-pytestmark = pytest.mark.slow
+SLOW_LEARNER = f"{Path(__file__).parents[2] / 'benchmarks' / 'sleeping_algorithm.py'}:SleepingSimPO"
+FLAT_BYTES = 48 << 20
 
 STRICT = (
     *("--async", "--set", "rollout.strict_staleness=true", "--algo", "simpo", "--actors", "2"),
@@ -61,6 +62,7 @@ def test_a_strict_run_is_the_same_when_an_actor_is_killed_in_it(strict: Run, lla
     assert all((weights[name] == others[name]).all() for name in weights)
 
 
+@pytest.mark.long
 def test_two_ranks_sample_ahead_and_a_stop_says_what_is_lost(llama: Inputs, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     more = ("--async", "--max-staleness", "2", "--algo", "dpo", "--actors", "2", "--learners", "2", "--epochs", "3")
@@ -84,3 +86,26 @@ def test_two_ranks_sample_ahead_and_a_stop_says_what_is_lost(llama: Inputs, tmp_
     num_asked = sum(pair["chosen"] != pair["rejected"] for pair in pairs)
     assert following["queries"] == before[-1]["queries"] + num_lost + num_asked, "what was lost counts as asked"
     assert leftovers(folder) == []
+
+
+@pytest.mark.fault("17")
+def test_a_learner_slower_than_its_actors_is_waited_for_and_nothing_is_lost(llama: Inputs, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    more = ("--async", "--max-staleness", "1", "--actors", "2", "--epochs", "4", "--eval-every", "12")
+    slow = ("--algo", SLOW_LEARNER, "--set", "algorithm.options.seconds=0.5")  # two seconds a step
+    with live(command(llama, folder, *more, *slow), folder) as run:
+        sizes = []
+        for step in (4, 11):  # the first steps take what memory they take, and the last is not yet over
+            run.wait_for(f"step {step}/12")
+            sizes.append({role: resident_bytes(run.pid(role)) for role in ("actor-0", "actor-1", "learner-0")})
+        code, _ = run.end()
+    assert code == 0, run.output
+    growth = {role: sizes[1][role] - sizes[0][role] for role in sizes[0]}
+    print("FAULT growth in seven steps in MiB:", {role: num_bytes >> 20 for role, num_bytes in growth.items()})
+    assert max(growth.values()) < FLAT_BYTES, growth
+    done = Run(folder, code, "")
+    steps = done.records("step")
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    assert [record["staleness"] for record in steps] == [0] + [1] * 11, "as far ahead as they may, and no further"
+    asked = [pair for pair in read_lines(folder / "samples.jsonl") if pair["chosen"] != pair["rejected"]]
+    assert len(asked) == steps[-1]["queries"] == sum(record["trained_pairs"] for record in steps)

@@ -20,8 +20,6 @@ from oatlite.reward_loss import EncodedRanking, bradley_terry, can_share_prompts
 from oatlite.reward_modeling import rank_pairs, rank_references
 from oatlite.tiny import TinyShape, new_tiny_model, tiny_config, train_bpe
 
-pytestmark = pytest.mark.slow
-
 COLOURS = {"sky": "blue", "grass": "green", "blood": "red", "coal": "black", "snow": "white"}
 ROWS = [
     {
@@ -84,7 +82,9 @@ def test_policy_answers_what_it_was_taught(policy: Path) -> None:
 
 def test_sft_says_what_it_made_and_what_comes_next(data: Path, tmp_path: Path, capsys) -> None:
     output = sft(data, tmp_path / "model", "--epochs", "1")
-    summary, following = capsys.readouterr().out.splitlines()
+    printed, said = capsys.readouterr()
+    summary, following = printed.splitlines()
+    assert all(line.startswith("policy: ") for line in re.split(r"[\r\n]+", said.strip())), "no word of a library"
     assert summary.startswith(f"{output}: ")
     assert re.search(r"190 rows, held-out loss \d\.\d{3} nats", summary)
     assert following.startswith(f"next: oatlite reward-model --model {output} --data {data} --output ")

@@ -31,7 +31,7 @@ def test_an_actor_that_is_stopped_fails_and_is_killed_is_replaced_each_time_and_
         run.wait_for(f"actor 0 was silent for {SILENCE_S} s; restart 1 of 3")
         watch.within(SILENCE_S + CLEAN_S, "actor stopped, to its restart")
         stacks = log.read_text()
-        assert "most recent call first" in stacks and "in told_step" in stacks
+        assert "most recent call first" in stacks and "in run_actor" in stacks
 
         run.wait_for("actor 0", "generate: 8 samples")
         engine.set("raise")
@@ -57,11 +57,18 @@ def test_an_actor_that_is_stopped_fails_and_is_killed_is_replaced_each_time_and_
 
 @pytest.mark.fault("1")
 def test_an_actor_that_dies_again_and_again_ends_the_run(llama: Inputs, tmp_path: Path) -> None:
+    """At first by a library that ends the process, with the code of a good end."""
     folder = tmp_path / "run"
-    with live(command(llama, folder), folder) as run:
+    engine = EngineMode(tmp_path / "mode")
+    engine.set("slow")
+    with live(command(llama, folder), folder, engine.environment) as run:
         run.wait_for("actor 0", "generate")
         pid = run.pid("actor-0")
-        for number in range(1, 4):
+        engine.set("leave")
+        run.wait_for("actor 0 ended in the middle of its work, with code 0; restart 1 of 3")
+        engine.set("fast")
+        pid = run.pid("actor-0", other_than=pid)
+        for number in range(2, 4):
             os.kill(pid, signal.SIGKILL)
             run.wait_for(f"restart {number} of 3")
             pid = run.pid("actor-0", other_than=pid)

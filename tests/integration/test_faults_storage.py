@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from live import CLEAN_S, EngineMode, Stopwatch, live, wait_until
 from namespace import small_filesystems
-from runs import OATLITE, Inputs, Run, command
+from runs import DEADLINE_S, OATLITE, Inputs, Run, command
 
 from oatlite.checkpoint import complete, steps_of
 
@@ -61,6 +61,8 @@ def test_a_full_disk_keeps_the_checkpoints_before_and_a_damaged_one_gives_way_to
         assert "add --from-step 1" in last
 
         with live(namespace.inside(*resume, "--from-step", "1"), seen, engine.environment) as run:
+            run.wait_for("step-000002 will be removed")
+            assert steps_of(seen / "checkpoints") == [2, 1], "there is time to keep it"
             code, _ = run.end()
         assert code == 0, run.output
         assert Run(seen, code, "").metrics() == one_by_one.metrics()
@@ -78,7 +80,9 @@ def test_a_full_dev_shm_ends_a_run_with_sizes_and_the_remedy(llama: Inputs, tmp_
     folder = tmp_path / "run"
     with small_filesystems({Path("/dev/shm"): MIB // 4}) as namespace:
         with live(namespace.inside(*command(llama, folder)), folder) as run:
+            watch = Stopwatch()
             code, last = run.end()
+            watch.within(DEADLINE_S, "started with a full /dev/shm, to the end")
         assert list(namespace.seen(Path("/dev/shm")).iterdir()) == []
     assert code == 5, run.output
     assert re.search(r"learner 0: /dev/shm has \d+ bytes free and the weight buffer needs \d+; free some", last)

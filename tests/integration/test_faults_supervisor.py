@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from live import CLEAN_S, Stopwatch, live, wait_until
-from runs import OATLITE, TEMPORARY, Inputs, command, leftovers, worker_pids
+from runs import ENVIRONMENT, OATLITE, TEMPORARY, Inputs, command, leftovers, worker_pids
 
 from oatlite.checkpoint import checkpoints_of, complete, steps_of, unfinished
 
@@ -39,10 +40,12 @@ def test_a_run_killed_in_a_save_leaves_nothing_and_goes_on_at_once_until_a_step_
 
     resume = [str(OATLITE), "resume", str(folder), "--set", f"timeouts.stop_s={STOP_S}"]
     with live(resume, folder) as run:
+        watch = Stopwatch()
         for path in half:
             run.wait_for(f"{path.name} was not complete when its run ended, and is skipped")
         run.wait_for(f"resuming after step {before}")
         wait_until(lambda: steps_of(checkpoints)[:1] > [before], 300, lambda: run.output)
+        watch.within(300, "resumed, until the next step is saved")
         actor = run.send("actor-0", signal.SIGSTOP)
         os.kill(run.process.pid, signal.SIGTERM)
         watch = Stopwatch()
@@ -98,17 +101,23 @@ def test_a_signal_while_engines_start_leaves_no_orphan(
 def test_workers_whose_supervisor_and_reaper_were_both_killed_end_by_themselves(llama: Inputs, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with live(command(llama, folder), folder) as run:
-        run.wait_for("learner 0", "starting: ranks")
+        run.wait_for("learner 0", "waiting: for ranks")
         children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
         (reaper,) = [pid for pid in children if b"reaper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         (private,) = TEMPORARY.glob("oatlite-*")
         os.kill(int(reaper), signal.SIGKILL)
         os.kill(run.process.pid, signal.SIGKILL)
         watch = Stopwatch()
-        try:
-            wait_until(lambda: not worker_pids("learner-0") and not worker_pids("actor-0"), CLEAN_S)
-        finally:  # nobody is left who would: here it is for `oatlite doctor --clean`
-            shutil.rmtree(private, ignore_errors=True)
-            for segment in Path("/dev/shm").glob(f"{private.name}-*"):
-                segment.unlink(missing_ok=True)
-        watch.within(CLEAN_S, "supervisor and reaper killed, until the workers are gone")
+        wait_until(
+            lambda: all(Path(one).exists() for one in leftovers(folder)), CLEAN_S, lambda: str(leftovers(folder))
+        )
+        watch.within(CLEAN_S, "supervisor and reaper killed, until only files are left")
+    removed = subprocess.run(
+        [sys.executable, "-c", "from oatlite.leftovers import clean; print(*clean().folders)"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert removed.stdout.split() == [str(private)], "as by `oatlite doctor --clean`"
+    assert leftovers(folder) == []

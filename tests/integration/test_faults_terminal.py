@@ -17,8 +17,13 @@ from oatlite.checkpoint import complete, steps_of
 
 
 @pytest.mark.fault("7")
-@pytest.mark.parametrize("ui", ["plain", "live"])
-def test_a_run_whose_terminal_is_gone_saves_its_step(ui: str, llama: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ui", "is_terminated"), [pytest.param("plain", False, marks=pytest.mark.long), ("live", True)]
+)
+def test_a_run_whose_terminal_is_gone_saves_its_step(
+    ui: str, is_terminated: bool, llama: Inputs, tmp_path: Path
+) -> None:
+    """Also where whoever ends the session sends SIGTERM too."""
     folder = tmp_path / "run"
     arguments = command(llama, folder, "--ui", ui, "--epochs", "200", "--save-every", "1000")
     child, descriptor = pty.fork()
@@ -28,6 +33,8 @@ def test_a_run_whose_terminal_is_gone_saves_its_step(ui: str, llama: Inputs, tmp
     try:
         shown = until_step(descriptor, folder / "metrics.jsonl")
         os.close(descriptor)
+        if is_terminated:
+            os.kill(child, signal.SIGTERM)
         watch = Stopwatch()
         wait_until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None, 4 * CLEAN_S)
         watch.within(4 * CLEAN_S, "terminal gone, to the end")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +27,16 @@ from safetensors.torch import load_file
 from small_folders import byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oatlite.checkpoint import MANIFEST, CheckpointWriter, read, steps_of
 from oatlite.data import raw_text
-from oatlite.errors import ConfigError
+from oatlite.errors import CheckpointError, ConfigError, DeadlineExceeded, OatliteError, WorkerDied
+from oatlite.finetuning import ranks
 from oatlite.finetuning.arguments import training_arguments
 from oatlite.finetuning.options import Habits, RankSpec, TuningOptions
 from oatlite.finetuning.rank import make_trainer
-from oatlite.finetuning.run import check_resume, finetune
+from oatlite.finetuning.run import check_resume, checkpoints_of, finetune
+from oatlite.fitting import Report
 from oatlite.oracles.reward_model import RewardModelOracle
-
-pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512}
@@ -238,13 +244,13 @@ def test_a_killed_training_goes_on_to_the_same_weights(base: Path, tmp_path: Pat
     killed = start(tmp_path, *arguments, "killed")
     checkpoints = tmp_path / "killed.checkpoints"
     deadline = time.monotonic() + LONG_S
-    while not list(checkpoints.glob("checkpoint-*/complete")) and killed.poll() is None:
+    while not list(checkpoints.glob("step-*")) and killed.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed").exists()
-    assert list(checkpoints.glob("checkpoint-*/complete"))
+    assert list(checkpoints.glob("step-*"))
     output = ["--output", str(tmp_path / "killed")]
     assert "type --resume" in refused(capsys, *arguments[:-1], *output)
     other = ["--lr", "2e-3", "--resume", *output]
@@ -267,13 +273,82 @@ def test_a_killed_training_goes_on_to_the_same_weights(base: Path, tmp_path: Pat
 
 
 def test_a_torn_checkpoint_does_not_count(tmp_path: Path) -> None:
-    for step in (10, 20, 100):
-        (tmp_path / "out.checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+    for name in ("checkpoint-10", "checkpoint-100", ".writing-step-000090"):
+        (tmp_path / "out.checkpoints" / name).mkdir(parents=True)
     with pytest.raises(ConfigError, match="leave --resume out"):
         check_resume(tmp_path / "out", resume=True)
     for step in (10, 20):
-        (tmp_path / "out.checkpoints" / f"checkpoint-{step}" / "complete").touch()
-    assert check_resume(tmp_path / "out", resume=True) == tmp_path / "out.checkpoints" / "checkpoint-20"
+        (tmp_path / "out.checkpoints" / f"step-{step:06d}").mkdir()
+    assert check_resume(tmp_path / "out", resume=True) == tmp_path / "out.checkpoints" / "step-000020"
+
+
+class Unpickled:
+    """Whoever unpickles it makes an empty file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+
+    def __reduce__(self):
+        return open, (self._path, "w")
+
+
+class Stopped(Exception):
+    """As a person would stop it."""
+
+
+def stop_after_the_first_checkpoint(_: str, done: int, *__: object) -> None:
+    if done > 1:
+        raise Stopped
+
+
+@contextlib.contextmanager
+def spoilt(path: Path, content: bytes) -> Iterator[None]:
+    kept = path.read_bytes()
+    path.write_bytes(content)
+    yield
+    path.write_bytes(kept)
+
+
+@pytest.mark.parametrize("zero_stage", [None, pytest.param(2, marks=pytest.mark.long)])
+def test_a_damaged_checkpoint_is_named_and_nothing_in_one_is_executed(
+    zero_stage: int | None, base: Path, tmp_path: Path
+) -> None:
+    def train(name: str, report: Report = ignore, **habits) -> dict[str, torch.Tensor]:
+        options = options_for(base, batch_size=4, zero_stage=zero_stage)
+        is_resumed = checkpoints_of(tmp_path / name).exists()
+        finetune(labelled(16), labelled(5), options, Habits(**habits), tmp_path / name, report, resume=is_resumed)
+        return weights(tmp_path / name)
+
+    whole = train("whole")
+    with pytest.raises(Stopped):
+        train("stopped", stop_after_the_first_checkpoint, save_every=1)
+    checkpoint = check_resume(tmp_path / "stopped", resume=True)
+    assert checkpoint is not None
+    manifest = checkpoint / MANIFEST
+    listed = {record.name for record in read(checkpoint).files}
+    assert listed == {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()} - {MANIFEST}
+    name = next(name for name in listed if name.endswith("optimizer.pt" if zero_stage is None else "optim_states.pt"))
+    state = checkpoint / name
+    turned = bytearray(state.read_bytes())
+    turned[len(turned) // 2] ^= 1
+    with spoilt(state, bytes(turned)), pytest.raises(CheckpointError, match=f"{name} is not what was written"):
+        train("stopped")
+
+    trap, poison = tmp_path / "trap", io.BytesIO()
+    torch.save({"state": Unpickled(trap)}, poison)
+    with spoilt(state, poison.getvalue()), spoilt(manifest, manifest.read_bytes()):
+        rewritten = CheckpointWriter(tmp_path / "rewritten", read(checkpoint).step)
+        rewritten.folder.parent.mkdir()
+        rewritten.adopt(Path(shutil.copytree(checkpoint, tmp_path / "copy", ignore=shutil.ignore_patterns(MANIFEST))))
+        rewritten.complete(read(checkpoint).step, rewritten.records, {})
+        manifest.write_bytes((tmp_path / "rewritten" / checkpoint.name / MANIFEST).read_bytes())
+        read(checkpoint).verify()
+        with pytest.raises(Exception, match=r"[Ww]eights.only"):
+            train("stopped")
+    assert not trap.exists()
+
+    resumed = train("stopped")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 # Several ranks
@@ -303,6 +378,61 @@ def test_what_a_rank_raises_comes_out_as_one_line(base: Path, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "silence_s", "error", "words"),
+    [
+        (
+            signal.SIGKILL,
+            ranks.SILENCE_S,
+            WorkerDied,
+            "rank 1 was killed by SIGKILL; log: .*; to go on, type",
+        ),
+        (
+            signal.SIGSTOP,
+            15.0,
+            DeadlineExceeded,
+            "rank 1 was silent for 15 s; log: .*; .* the same with --resume",
+        ),
+    ],
+)
+def test_a_rank_that_is_lost_ends_the_training_with_its_number_its_log_and_how_to_go_on(
+    number: int,
+    silence_s: float,
+    error: type[OatliteError],
+    words: str,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ranks, "SILENCE_S", silence_s)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the log
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    own = set(_descendants(os.getpid()))
+    output = tmp_path / "out"
+    hit: list[int] = []
+
+    def lose(stage: str, done: int, total: int, figures: str) -> None:
+        if steps_of(checkpoints_of(output)) and not hit:
+            hit.append(next(p for p in set(_descendants(os.getpid())) - own if _rank_of(p) == "1"))
+            os.kill(hit[0], number)
+
+    options = options_for(base, ranks=2, epochs=200)
+    with pytest.raises(error, match=words) as caught:
+        finetune(labelled(32), labelled(5), options, Habits(save_every=1), output, lose)
+    assert not Path(f"/proc/{hit[0]}").exists() and not output.exists()
+    log = Path(re.search(r"log: (\S+);", str(caught.value))[1])
+    assert log.is_file()
+    assert ("in _run_module_as_main" in log.read_text()) == (number == signal.SIGSTOP), "its stacks"
+    assert steps_of(checkpoints_of(output))
+
+
+def _rank_of(pid: int) -> str | None:
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return next((os.fsdecode(word)[5:] for word in words if word.startswith(b"RANK=")), None)
+    return None
+
+
 def test_a_folder_where_checkpoints_would_go_is_left_alone(base: Path, tmp_path: Path, capsys) -> None:
     data = references(tmp_path / "rows.jsonl", 20)
     mine = tmp_path / "out.checkpoints" / "mine.txt"
@@ -314,7 +444,8 @@ def test_a_folder_where_checkpoints_would_go_is_left_alone(base: Path, tmp_path:
     assert mine.read_text() == "mine"
 
 
-def test_ctrl_c_leaves_no_rank(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_no_rank(number: int, code: int, base: Path, tmp_path: Path) -> None:
     data = references(tmp_path / "rows.jsonl", 400)
     arguments = ["sft", "--model", str(base), "--data", str(data), "--output", "out", "--learners", "2"]
     process = start(tmp_path, *arguments, "--batch-size", "2", "--epochs", "50")
@@ -324,8 +455,10 @@ def test_ctrl_c_leaves_no_rank(base: Path, tmp_path: Path) -> None:
             break
     ranks = _descendants(process.pid)
     assert len(ranks) >= 3  # the launcher of ranks, and two of them
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    process.send_signal(number)
+    last = process.stdout.readlines()[-1]
+    assert process.wait(30) == code
+    assert last == f"oatlite: error: {'interrupted' if code == 130 else 'terminated'}\n"
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
 

@@ -1,9 +1,8 @@
-"""``oatlite generate``, ``label``, ``eval`` and ``chat`` as processes, on models that the tests make."""
+"""``oatlite generate``, ``label`` and ``chat`` as processes, on models that the tests make."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pty
 import re
@@ -12,65 +11,18 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import peft
 import pytest
 import torch
+from commands import CPU, NEW_TOKENS, done, greedy, load, logprob, oatlite, whole
 from runs import DEADLINE_S, ENVIRONMENT, OATLITE, TEMPORARY, Inputs, read_lines, run_to_end
 from small_folders import byte_tokenizer, save_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oatlite.oracles.reward_model import RewardModelOracle
 
-pytestmark = pytest.mark.slow
-
-NEW_TOKENS = 12
-CPU = ("--gpus", "0")
 SILENCE_S = 60.0
-
-
-def oatlite(*arguments: str | Path, given: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(OATLITE), *map(str, arguments)],
-        input=given,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        env=ENVIRONMENT,
-    )
-
-
-def done(*arguments: str | Path) -> str:
-    """The standard output of a command that must succeed, and leave nothing."""
-    finished = oatlite(*arguments)
-    assert finished.returncode == 0, finished.stderr
-    assert "Traceback" not in finished.stderr and "WARNING" not in finished.stderr
-    assert list(TEMPORARY.glob("oatlite-*")) == []
-    return finished.stdout
-
-
-def greedy(model: Any, tokenizer: Any, prompt: str) -> tuple[str, float]:
-    """What Hugging Face generates, and the sum of its log-probabilities."""
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    tokens = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS)[0, ids.shape[1] :]
-    return tokenizer.decode(tokens, skip_special_tokens=True), logprob(model, ids[0].tolist(), tokens.tolist())
-
-
-@torch.no_grad()
-def logprob(model: Any, prompt: list[int], response: list[int]) -> float:
-    logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].double()
-    return float(logits.log_softmax(-1)[torch.arange(len(response)), response].sum())
-
-
-def whole(text: str) -> str:
-    """Without a character whose last bytes were cut off, which vLLM leaves out."""
-    return text.rstrip("\ufffd")
-
-
-def load(folder: Path) -> tuple[Any, Any]:
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def test_generate_then_label_then_train_offline(llama: Inputs, tmp_path: Path) -> None:
@@ -145,85 +97,6 @@ def test_generate_with_an_adapter_is_greedy_as_hugging_face_with_it(llama: Input
         assert row["logprob"] == pytest.approx(total, abs=1e-3)
         differ += text != without
     assert differ > 6, "the adapter does something"
-
-
-def test_eval_against_references_and_the_kl_to_a_base(llama: Inputs, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
-    base = save_model(tmp_path / "base", "llama", seed=5, **sizes)
-    output = tmp_path / "eval.jsonl"
-    out = done(
-        *("eval", "--model", llama.policy, "--prompts", llama.prompts, "--max-prompts", "16", *CPU),
-        *("--oracle", llama.reward_model, "--max-new-tokens", str(NEW_TOKENS), "--kl-to", base, "--output", output),
-    )
-    assert "win rate" in out and "95 %" in out and "KL per token" in out and f"{output}: the summary and 16 rows" in out
-    summary, *rows = read_lines(output)
-    assert [summary["kind"], *(row["kind"] for row in rows)] == ["summary", *["row"] * 16]
-    model, tokenizer = load(llama.policy)
-    prompts = [row["prompt"] for row in rows]
-    for row in rows:
-        assert whole(row["response"]) == whole(greedy(model, tokenizer, row["prompt"])[0])
-    oracle = RewardModelOracle(str(llama.reward_model))
-    verdicts = oracle.compare(prompts, [row["response"] for row in rows], [row["opponent"] for row in rows])
-    assert [row["opponent"] for row in rows] == [f" it is {row['row']}" for row in rows]
-    np.testing.assert_allclose([row["win_probability"] for row in rows], verdicts.first_win, atol=1e-5)
-    assert summary["win_rate"] == np.mean(verdicts.first_win > 0.5)
-    assert summary["interval"][0] < summary["win_rate"] < summary["interval"][1]
-    assert summary["kl"]["per_response"] > 0 and summary["kl"]["num_responses"] == 16
-    total = summary["kl"]["per_token"] * summary["kl"]["num_tokens"]
-    assert summary["kl"]["per_response"] == pytest.approx(total / 16)
-
-
-def test_eval_of_a_model_against_itself(llama: Inputs) -> None:
-    finished = oatlite(
-        *("eval", "--model", llama.policy, "--prompts", llama.prompts, "--max-prompts", "16", *CPU, "--json"),
-        *("--oracle", llama.reward_model, "--max-new-tokens", str(NEW_TOKENS), "--temperature", "1.0"),
-        *("--against", llama.policy, "--kl-to", llama.policy),
-    )
-    assert finished.returncode == 0, finished.stderr
-    summary = json.loads(finished.stdout)
-    assert summary["win_rate"] == 0.5 == summary["win_probability"]
-    assert summary["reward"] == summary["opponent_reward"]
-    kl = summary["kl"]
-    assert (kl["per_response"], kl["per_token"], kl["per_response_error"]) == (0, 0, 0) and kl["num_tokens"] > 16
-
-
-def test_the_kl_is_what_transformers_gives(llama: Inputs, tmp_path: Path) -> None:
-    """The same estimate on given responses, computed one by one."""
-    from oatlite.config.schema import Config, ModelConfig
-    from oatlite.data import PromptSet
-    from oatlite.inference.divergence import divergence
-    from oatlite.inference.job import Response
-
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
-    base = save_model(tmp_path / "base", "llama", seed=5, **sizes)
-    rng = np.random.default_rng(0)
-    tokens = [rng.integers(3, 250, rng.integers(2, 30)).astype(np.int32) for _ in range(9)]
-    answers = [[rng.integers(0, 250, rng.integers(1, 40)).tolist() for _ in range(2)] for _ in tokens]
-    prompts = PromptSet(
-        texts=[""] * 9, raw_texts=[""] * 9, tokens=tokens, references=None, rows=np.arange(9), num_dropped=0
-    )
-    responses = [
-        [
-            Response(sampling=0, prompt=i, sample=n, text="", tokens=answer, logprob=0.0, is_finished=True)
-            for n, answer in enumerate(some)
-        ]
-        for i, some in enumerate(answers)
-    ]
-    config = Config(model=ModelConfig(dtype="float32"))
-    found = divergence(config, str(llama.policy), base, prompts, responses, 2, lambda *_: None)
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (llama.policy, base))
-    differences, lengths = [], []
-    for prompt, some in zip(tokens, answers, strict=True):
-        for answer in some:
-            one, other = (logprob(model, prompt.tolist(), answer) for model in (ours, theirs))
-            differences.append(one - other)
-            lengths.append(len(answer))
-    assert found.per_response == pytest.approx(np.mean(differences), abs=1e-4)
-    assert found.per_response_error == pytest.approx(np.std(differences, ddof=1) / np.sqrt(18), rel=1e-4)
-    assert found.per_token == pytest.approx(sum(differences) / sum(lengths), abs=1e-4)
-    assert (found.num_responses, found.num_tokens) == (18, sum(lengths))
-    own = divergence(config, base, base, prompts, responses, 2, lambda *_: None)
-    assert (own.per_response, own.per_token) == (0, 0)
 
 
 def chat_model(folder: Path) -> Path:

@@ -51,7 +51,6 @@ def found(row: dict[str, Any]) -> dict[str, Any]:
     return {finding["what"]: finding for finding in row["findings"]}
 
 
-@pytest.mark.slow
 def test_all_but_what_wants_vllm_runs_on_a_cpu(tmp_path: Path) -> None:
     names = ("machine", "weight-sync", "pair-forward", "step", "expandable-segments", "log-probabilities", "doctor")
     code, output, rows = rehearse(tmp_path, "--device", "cpu", "--rows", ",".join(names), hidden="deepspeed")

@@ -11,8 +11,6 @@ from runs import Inputs, Run, leftovers, read_lines, train
 from small_folders import save_model
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.slow
-
 OFFLINE = ("--offline", "--algo", "dpo", "--epochs", "2")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import mmap
 import os
 import secrets
 import shutil
@@ -77,14 +78,21 @@ def other_segment():
 def test_shared_memory_that_torch_leaves_under_a_workers_number_goes_too(log):
     with LocalLauncher(PREFIX) as launcher:
         worker = launcher.start(["sleep", "300"], os.environ, log)
-        left = [SHM / f"torch_{worker.pid}_12_0", SHM / f"torch_{worker.pid}7_12_0"]
-        for path in left:
+        names = (f"torch_{worker.pid}_12_0", f"torch_{worker.pid}7_12_0", f"torch_{worker.pid}_13_0")
+        left, others, mapped = (SHM / name for name in names)
+        for path in (left, others, mapped):
             path.write_bytes(b"x")
+        with mapped.open("r+b") as file:
+            memory = mmap.mmap(file.fileno(), 1)
     try:
-        wait_for(lambda: not left[0].exists(), REAPED_S)
-        assert left[1].exists(), "another process's"
+        wait_for(lambda: not left.exists(), REAPED_S)
+        wait_for(lambda: not launcher.private_dir.exists(), REAPED_S)
+        assert others.exists(), "another process's"
+        assert mapped.exists(), "a later process's, with the same number"
     finally:
-        left[1].unlink()
+        memory.close()
+        others.unlink()
+        mapped.unlink()
 
 
 def litter(launcher):
@@ -143,6 +151,17 @@ def test_a_process_that_does_not_end_when_asked_is_killed(log):
         assert stubborn.exit_code() == -signal.SIGKILL
         assert quick.exit_code() == -signal.SIGTERM
         wait_for(lambda: not members(stubborn.pid), REAPED_S)
+
+
+def test_nobody_waits_for_a_process_that_does_not_end_once_there_is_a_hurry(log):
+    with LocalLauncher(PREFIX) as launcher:
+        quick = launcher.start(["sleep", "300"], os.environ, log)
+        stubborn = launcher.start(STUBBORN, os.environ, log)
+        wait_for(lambda: len(members(stubborn.pid)) >= 2)
+        asked = []
+        launcher.stop_all(grace_s=1000, is_hurried=lambda: asked.append(quick.exit_code()) or len(asked) > 2)
+        assert stubborn.exit_code() == -signal.SIGKILL
+        assert asked[-1] == -signal.SIGTERM, "the other one was asked first"
 
 
 def test_a_process_that_is_stopped_still_ends_when_asked(log):

@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from live import EngineMode, Stopwatch
+from live import CLEAN_S, EngineMode, Stopwatch
 from oatlite_cli.main import main
 from runs import (
+    DEADLINE_S,
     OATLITE,
     Inputs,
     Run,
@@ -106,8 +107,8 @@ def killed(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def kill_after_step_5(run: Path, inputs: Inputs, case: tuple[str, ...]) -> None:
-    """With engines so slow that the eighth step, which is saved, is seconds away."""
+def kill_after_step_5(run: Path, inputs: Inputs, case: tuple[str, ...]) -> Stopwatch:
+    """With engines so slow that the eighth step, which is saved, is seconds away. Returns the time since the kill."""
     engine = EngineMode(run.parent / f"{run.name}.mode")
     engine.set("slow")
     process = start_command(command(inputs, run, *case, *COMMON), engine.environment | {"ENGINE_SLOW_S": "0.15"})
@@ -115,9 +116,11 @@ def kill_after_step_5(run: Path, inputs: Inputs, case: tuple[str, ...]) -> None:
         wait_for_line(process, "step 5/9")
     finally:
         os.kill(process.pid, signal.SIGKILL)
+        watch = Stopwatch()
         process.communicate()
     wait_until_gone(run)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000004"]
+    return watch
 
 
 def copied(run: Path, to: Path) -> Path:
@@ -129,8 +132,10 @@ def copied(run: Path, to: Path) -> Path:
 def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Path, killed: Path, tmp_path: Path) -> None:
     run = copied(killed, tmp_path / "run")
     (run / "checkpoints" / ".writing-step-000008").mkdir()
+    watch = Stopwatch()
     done = resume(run)
     assert done.exit_code == 0, done.output
+    watch.within(DEADLINE_S, "killed run of one rank, from the command that resumes it to its end")
     assert ".writing-step-000008 was not complete" in done.output
     assert "resuming after step 4" in done.output
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000009"]
@@ -141,7 +146,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Path, killed: Path, 
 
 
 @pytest.mark.fault("9")
-@pytest.mark.parametrize("more", [(), ("--max-queries", "100")], ids=["prompts", "queries"])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param((), id="prompts"), pytest.param(("--max-queries", "100"), id="queries", marks=pytest.mark.long)],
+)
 def test_a_run_whose_model_was_not_saved_is_resumed_after_its_last_step(
     more: tuple[str, ...], whole: Path, llama: Inputs, tmp_path: Path
 ) -> None:
@@ -149,22 +157,31 @@ def test_a_run_whose_model_was_not_saved_is_resumed_after_its_last_step(
     if more:
         whole = train(llama, tmp_path / "whole", *ONE_RANK, *COMMON, *more).folder
     run = copied(whole, tmp_path / "run")
-    shutil.rmtree(run / "model")
+    half = (run / "model").rename(run / ".model.x1y2z3_w")  # as its writer leaves it, when it is killed
     done = resume(run)
     assert done.exit_code == 0, done.output
+    assert f"{half.name} was not complete when its run ended, and is skipped" in done.output
     assert_equal_runs(whole, run)
+    assert not list(run.glob(".*"))
 
 
 @pytest.mark.fault("13")
 @pytest.mark.parametrize(
-    "case", [TWO_RANKS, ADAPTER, OFFLINE, EXPLORED], ids=["two ranks", "adapter", "offline", "explored"]
+    "case",
+    [
+        pytest.param(TWO_RANKS, id="two ranks"),
+        pytest.param(ADAPTER, id="adapter", marks=pytest.mark.long),
+        pytest.param(OFFLINE, id="offline", marks=pytest.mark.long),
+        pytest.param(EXPLORED, id="explored"),
+    ],
 )
 def test_ranks_go_on_as_if_nothing_had_been(case: tuple[str, ...], llama: Inputs, tmp_path: Path) -> None:
     undisturbed = train(llama, tmp_path / "whole", *case, *COMMON)
     assert undisturbed.exit_code == 0, undisturbed.output
-    kill_after_step_5(tmp_path / "killed", llama, case)
+    killing = kill_after_step_5(tmp_path / "killed", llama, case)
     done = resume(tmp_path / "killed")
     assert done.exit_code == 0, done.output
+    killing.within(DEADLINE_S, "run that is killed, to the end of the one that resumes it")
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -191,7 +208,9 @@ def test_sigterm_to_every_process_finishes_the_step_and_saves_it(llama: Inputs, 
 
 def refused(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str:
     capsys.readouterr()
+    logs = {path: path.stat().st_mtime_ns for path in (Path(arguments[0]) / "logs").glob("*")}
     assert main(["resume", *arguments]) == code
+    assert {path: path.stat().st_mtime_ns for path in logs} == logs, "no worker was started"
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("oatlite: error: ") and shown.err.count("\n") == 1
@@ -214,50 +233,63 @@ def test_another_run_is_refused_with_what_differs(
     assert all(word in line for word in words), line
 
 
-def with_policy_of_its_own(killed: Path, llama: Inputs, folder: Path) -> tuple[Path, Path]:
-    """A copy of a run, and of the policy that it was started with."""
+def with_model_of_its_own(killed: Path, model: Path, folder: Path) -> tuple[Path, Path]:
+    """A copy of a run, and of a model that it was started with."""
     run = copied(killed, folder / "run")
-    policy = Path(shutil.copytree(llama.policy, folder / "policy"))
+    own = Path(shutil.copytree(model, folder / model.name))
     config = run / "config.toml"
-    config.write_text(config.read_text().replace(str(llama.policy), str(policy)))
+    config.write_text(config.read_text().replace(str(model), str(own)))
     path = run / "checkpoints" / "step-000004" / "manifest.json"
-    manifest = json.loads(path.read_text().replace(str(llama.policy), str(policy)))
+    manifest = json.loads(path.read_text().replace(str(model), str(own)))
     manifest.pop("digest")
     path.write_text(json.dumps(manifest | {"digest": _digest_of_manifest(manifest)}))
-    return run, policy
+    return run, own
+
+
+def change_weights(model: Path, name: str) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors[name] += 1.0
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.fault("12")
 def test_other_weights_of_the_same_shape_are_refused(
     killed: Path, llama: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, policy = with_policy_of_its_own(killed, llama, tmp_path)
-    weights = policy / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"] += 1.0
-    save_file(tensors, weights, metadata={"format": "pt"})
+    run, policy = with_model_of_its_own(killed, llama.policy, tmp_path)
+    change_weights(policy, "model.embed_tokens.weight")
+    watch = Stopwatch()
     line = refused(capsys, 2, str(run))
+    watch.within(CLEAN_S, "resumed with other weights, until it is refused")
     assert "the initial policy is another one" in line and "the reference is another one" in line
     assert "the model is another one" not in line and "the reward model is another one" not in line
 
 
 @pytest.mark.fault("12")
-def test_another_model_is_refused_before_anything_starts(
+def test_another_reward_model_is_refused(
     killed: Path, llama: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, policy = with_policy_of_its_own(killed, llama, tmp_path)
+    run, reward_model = with_model_of_its_own(killed, llama.reward_model, tmp_path)
+    change_weights(reward_model, "score.weight")
+    line = refused(capsys, 2, str(run))
+    assert "the reward model is another one" in line and "policy is another one" not in line
+
+
+@pytest.mark.fault("12")
+def test_another_model_is_refused(
+    killed: Path, llama: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, policy = with_model_of_its_own(killed, llama.policy, tmp_path)
     config = json.loads((policy / "config.json").read_text())
     (policy / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
-    logs = {path: path.stat().st_mtime_ns for path in (run / "logs").iterdir()}
     assert "the model is another one" in refused(capsys, 2, str(run))
-    assert {path: path.stat().st_mtime_ns for path in (run / "logs").iterdir()} == logs, "no worker was started"
 
 
 @pytest.mark.fault("12")
 def test_another_tokenizer_is_refused(
     killed: Path, llama: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, policy = with_policy_of_its_own(killed, llama, tmp_path)
+    run, policy = with_model_of_its_own(killed, llama.policy, tmp_path)
     tokenizer = json.loads((policy / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]

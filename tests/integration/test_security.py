@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import os
 import pickle
@@ -24,15 +23,12 @@ import pytest
 import runs
 import zmq
 from runs import TEMPORARY, Inputs, Run, command, leftovers, train
+from sockets import beyond_this_machine, bound_by, opened, sockets_of
 
 from oatlite.messages import CandidateBatch, Hello, Record
 from oatlite.messages.codec import encode
 
-pytestmark = pytest.mark.slow
-
 POLL_S = 0.1
-LISTENING = "0A"
-CONNECTED = "01"
 SECRETS = {
     "OPENAI_API_KEY": "sk-canary-3d5c0f9b7a",
     "WANDB_API_KEY": "ca9a7e" + "0123456789abcdef01" + "fedcba9876543210",  # 40 characters, as wandb wants
@@ -84,40 +80,6 @@ def of_the_run() -> list[Path]:
             if f"\0TMPDIR={TEMPORARY}".encode() in b"\0" + (entry / "environ").read_bytes():
                 found.append(entry)
     return found
-
-
-def opened(process: Path) -> set[str]:
-    """What its descriptors lead to."""
-    found = set()
-    with contextlib.suppress(OSError):
-        for descriptor in (process / "fd").iterdir():
-            with contextlib.suppress(OSError):
-                found.add(os.readlink(descriptor))
-    return found
-
-
-def sockets_of(members: list[Path]) -> set[str]:
-    """Inode numbers."""
-    names = {name for entry in members for name in opened(entry)}
-    return {match[1] for name in names if (match := re.fullmatch(r"socket:\[(\d+)\]", name))}
-
-
-def bound_by(inodes: set[str]) -> set[tuple[str, str]]:
-    """(protocol, address) of the internet sockets among ``inodes`` that wait for whoever comes."""
-    found = set()
-    for protocol in ("tcp", "tcp6", "udp", "udp6"):
-        for line in Path(f"/proc/net/{protocol}").read_text().splitlines()[1:]:
-            _, local, _, state, *_, inode = line.split()[:10]
-            # A datagram socket that is bound takes what comes, unless it is connected.
-            if inode in inodes and (state == LISTENING if protocol.startswith("tcp") else state != CONNECTED):
-                found.add((protocol, address_of(local.partition(":")[0])))
-    return found
-
-
-def address_of(digits: str) -> str:
-    """Of /proc/net: words of 32 bits in the machine's order."""
-    words = [bytes.fromhex(digits[i : i + 8])[::-1] for i in range(0, len(digits), 8)]
-    return str(ipaddress.ip_address(b"".join(words)))
 
 
 def unix_names(inodes: set[str]) -> set[str]:
@@ -176,6 +138,8 @@ def hostile(run_id: str, payload: bytes) -> list[list[bytes]]:
         is_finished=np.array([True]),
         texts=[""],
         generate_s=0.0,
+        sleep_s=0.0,
+        wake_s=0.0,
     )
     hello = Hello(run_id=run_id, role="actor-0", pid=1)
     note = Record(run_id=run_id, kind="note", body=payload.hex())
@@ -272,7 +236,7 @@ def test_the_run_that_was_watched_and_attacked_ended_well_and_left_nothing(seen:
 
 def test_whatever_listens_listens_to_this_machine_alone(seen: Seen) -> None:
     assert ("tcp", "127.0.0.1") in seen.bound, "the ranks speak over it"
-    assert [where for where in seen.bound if not ipaddress.ip_address(where[1]).is_loopback] == []
+    assert beyond_this_machine(seen.bound) == set()
 
 
 def test_sockets_of_ours_lie_in_a_folder_that_its_owner_alone_can_enter(seen: Seen) -> None:
@@ -349,7 +313,7 @@ def test_ranks_of_sft_meet_without_a_port_that_others_can_reach(llama: Inputs, t
             process.wait(60)
     assert process.returncode == 0, (tmp_path / "output").read_text()
     assert ("tcp", "127.0.0.1") in bound, "the ranks speak over it"
-    assert [where for where in bound if not ipaddress.ip_address(where[1]).is_loopback] == []
+    assert beyond_this_machine(bound) == set()
 
 
 # --------------------------------------------------------------------------- code that comes with a model

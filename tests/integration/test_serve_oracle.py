@@ -2,132 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import shutil
 import signal
-import subprocess
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
 import msgpack
 import numpy as np
 import pytest
-from misbehaving import hangs, sends, serving
+from oatlite_cli.main import main
 from oats_feedback import old_preference_body, preference_body, read_scores, read_win_probs, reward_body
-from runs import ENVIRONMENT, OATLITE, Inputs, Run, leftovers, reserved_port, train
+from runs import ENVIRONMENT, Inputs, read_lines
+from served import END_S, SOON_S, START_S, Served, ended, oracle_server, train_remote, within
+from sockets import beyond_this_machine, bound_by, sockets_of
 
 from oatlite.config.schema import RemoteConfig
 from oatlite.errors import OracleError
-from oatlite.oracles.calls import MAX_BAD_ANSWERS
 from oatlite.oracles.remote import RemoteOracle
 from oatlite.oracles.reward_model import RewardModelOracle
 
-pytestmark = pytest.mark.slow
-
 TOKEN = "only-for-this-test"
-START_S, END_S, SOON_S = 240.0, 60.0, 30.0
 PROMPTS = [f"Say number {i}: " for i in range(24)]
 FIRST, SECOND = [f" it is {i}" for i in range(24)], [" none" * (1 + i % 5) for i in range(24)]
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    process: subprocess.Popen[str]
-    url: str
-    line: str
-    temporary: Path
-    errors: Path
-    run_id: str = ""
-
-    def semaphores(self) -> set[Path]:
-        """Those named after it."""
-        assert self.run_id
-        return set(Path("/dev/shm").glob(f"sem.oatlite-{self.run_id}-*"))
-
-    def pids(self) -> set[int]:
-        """Of the process and all that it started, and they in turn."""
-        found = {self.process.pid}
-        parents = {}
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdigit():
-                    parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        while more := {pid for pid, parent in parents.items() if parent in found} - found:
-            found |= more
-        return found
-
-
-def ended(pids: set[int]) -> bool:
-    """Where nobody collects orphans, what has ended stays as a zombie."""
-    states = []
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            states.append(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
-    return set(states) <= {"Z"}
-
-
-@contextlib.contextmanager
-def server(folder: Path, model: object, *more: str, token: str = "", wait: bool = True) -> Iterator[Served]:
-    with reserved_port() as port:
-        yield from serving_at(port, folder, model, *more, token=token, wait=wait)
-
-
-def serving_at(port: int, folder: Path, model: object, *more: str, token: str, wait: bool) -> Iterator[Served]:
-    folder.mkdir()
-    # Sockets go elsewhere where the default folder for temporary files has a long name.
-    temporary, errors = Path(tempfile.mkdtemp(prefix="os-")), folder / "errors"
-    environment = ENVIRONMENT | {"TMPDIR": str(temporary), "OATLITE_ORACLE_TOKEN": token}
-    command = [str(OATLITE), "serve-oracle", "--model", str(model), "--devices", "cpu", "--port", str(port), *more]
-    with errors.open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True
-        )
-    served = Served(process, f"http://127.0.0.1:{port}", "", temporary, errors)
-    pids = {process.pid}
-    try:
-        if wait:
-            assert process.stdout is not None
-            watchdog = threading.Timer(START_S, process.kill)
-            watchdog.start()
-            line = process.stdout.readline()
-            watchdog.cancel()
-            assert line, errors.read_text()
-            (private,) = temporary.glob("oatlite-*")
-            served = replace(served, line=line.rstrip("\n"), run_id=private.name.removeprefix("oatlite-"))
-            pids = served.pids()
-        yield served
-    finally:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait(END_S)
-        if process.stdout is not None:
-            process.stdout.close()
-        shutil.rmtree(temporary)
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 @pytest.fixture(scope="module")
 def served(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("server") / "two"
-    with server(folder, llama.reward_model, "--workers", "2", "--max-request-mib", "1", token=TOKEN) as found:
+    with oracle_server(folder, llama.reward_model, "--workers", "2", "--max-request-mib", "1", token=TOKEN) as found:
         yield found
 
 
@@ -150,6 +55,12 @@ def test_one_line_says_that_it_serves(served: Served, llama: Inputs) -> None:
     assert served.errors.read_text() == ""
 
 
+def test_it_listens_to_this_machine_alone(served: Served) -> None:
+    bound = bound_by(sockets_of([Path(f"/proc/{pid}") for pid in served.pids()]))
+    assert ("tcp", "127.0.0.1") in bound
+    assert beyond_this_machine(bound) == set()
+
+
 @pytest.mark.usefixtures("token")
 def test_it_answers_as_the_model_does_in_process(served: Served, llama: Inputs) -> None:
     second = [*SECOND[:-1], "far too long " * 40]
@@ -163,6 +74,47 @@ def test_it_answers_as_the_model_does_in_process(served: Served, llama: Inputs) 
     np.testing.assert_allclose(there.second_scores, here.second_scores, atol=1e-5)
     assert oracle.num_failures == 0
     oracle.close()
+
+
+def test_requests_that_come_together_are_answered_as_one_batch(served: Served) -> None:
+    def batches() -> tuple[float, float]:
+        """How many batches of more than one the workers have had, and of how many requests."""
+        text = httpx.get(f"{served.url}/metrics", timeout=60).text
+        found = [
+            re.findall(rf"^oatlite_oracle\w*batch_size_{what}{{[^}}]*}} (\S+)$", text, re.M)
+            for what in ("count", "sum")
+        ]
+        return tuple(sum(map(float, values)) for values in found)  # type: ignore[return-value]
+
+    body, before = with_token(preference_body(PROMPTS, FIRST, SECOND)), batches()
+
+    def post(_: int) -> int:
+        return httpx.post(f"{served.url}/get_feedback", content=body, timeout=60).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(post, range(64))) == [200] * 64
+    num_batches, num_requests = (after - earlier for after, earlier in zip(batches(), before, strict=True))
+    assert num_requests > num_batches > 0
+
+
+@pytest.mark.usefixtures("token")
+def test_it_labels_pairs_as_the_model_does_in_process(served: Served, llama: Inputs, tmp_path: Path) -> None:
+    rows = [
+        dict(zip(("prompt", "response_a", "response_b"), row, strict=True))
+        for row in zip(PROMPTS, FIRST, SECOND, strict=True)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = []
+    for oracle in (["remote", "--oracle-url", served.url], [str(llama.reward_model)]):
+        output = tmp_path / f"{len(made)}.jsonl"
+        assert (
+            main(["label", "--data", str(tmp_path / "pairs.jsonl"), "--output", str(output), "--oracle", *oracle]) == 0
+        )
+        made.append([json.loads(line) for line in output.read_text().splitlines()])
+    assert len(made[0]) == len(made[1]) > 0
+    for there, here in zip(*made, strict=True):
+        assert (there["chosen"], there["rejected"]) == (here["chosen"], here["rejected"])
+        assert there["margin"] == pytest.approx(here["margin"], abs=1e-4)
 
 
 def test_it_answers_oats_clients(served: Served, llama: Inputs) -> None:
@@ -230,40 +182,13 @@ def test_a_run_against_it(served: Served, llama: Inputs, tmp_path: Path) -> None
     run = train_remote(llama, tmp_path / "remote", *more)
     assert run.exit_code == 0, run.output
     assert [record["step"] for record in run.records("step")] == [1, 2]
-    texts = [path.read_text(errors="replace") for path in run.folder.rglob("*") if path.suffix in (".log", ".toml")]
-    assert texts and not any(TOKEN in text for text in [*texts, run.output])
-
-
-def train_remote(llama: Inputs, folder: Path, *more: str) -> Run:
-    """As :func:`runs.train`, with the remote oracle in place of the reward model."""
-    return train(Inputs(llama.policy, Path("remote"), llama.prompts, llama.preferences), folder, *more)
-
-
-@pytest.mark.fault("14")
-@pytest.mark.parametrize(
-    ("turn", "words"), [("nan", "gives an answer that cannot be used"), ("silent", "gave no answer within")]
-)
-def test_a_run_whose_server_turns_bad_ends_with_6_and_trains_on_none_of_it(
-    turn: str, words: str, llama: Inputs, tmp_path: Path
-) -> None:
-    def win_probs(body: bytes) -> list[float]:
-        return [float(len(first) > len(second)) for first, second in msgpack.unpackb(body)["batch_candidates"]]
-
-    good = sends(lambda body: msgpack.packb({"batch_score": [], "batch_first_win_prob": win_probs(body)}))
-    bad = sends(lambda body: msgpack.packb({"batch_first_win_prob": [*win_probs(body)[:-1], float("nan")]}))
-    # Sound are the answers to the trial before the run, at the first evaluation, and half of those in the first step.
-    with serving(*[good] * 3, bad if turn == "nan" else hangs) as turning:
-        deadline = f"timeouts.oracle_s={20 if turn == 'nan' else 10}"
-        settings = ("--set", "remote.batch_size=8", "--set", deadline, "--set", "remote.concurrency=1")
-        run = train_remote(llama, tmp_path / "bad", "--oracle-url", turning.url, *settings)
-    assert run.exit_code == 6, run.output
-    last = run.output.strip().splitlines()[-1]
-    assert f"the oracle server at {turning.url}/get_feedback {words}" in last
-    assert len(turning.requests) == 3 + (MAX_BAD_ANSWERS if turn == "nan" else 1)
-    assert [record["step"] for record in run.records("eval")] == [0]
-    assert run.records("step") == []
-    assert not (run.folder / "samples.jsonl").exists() or not (run.folder / "samples.jsonl").read_text()
-    assert within(SOON_S, lambda: not leftovers(run.folder)), leftovers(run.folder)
+    assert all(record["trained_pairs"] > 0 for record in run.records("step"))
+    rows = read_lines(run.folder / "samples.jsonl")
+    texts = [[row[name] for row in rows] for name in ("prompt", "chosen", "rejected")]
+    here = RewardModelOracle(str(llama.reward_model)).compare(*texts)
+    np.testing.assert_allclose([row["win_probability"] for row in rows], here.first_win, atol=1e-5)
+    logs = [path.read_text(errors="replace") for path in run.folder.rglob("*") if path.suffix in (".log", ".toml")]
+    assert logs and not any(TOKEN in text for text in [*logs, run.output])
 
 
 SLOW = """
@@ -283,7 +208,7 @@ def score(response):
 
 def test_sigterm_lets_requests_end_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
-    with server(tmp_path / "one", f"{tmp_path / 'slow.py'}:score") as served, ThreadPoolExecutor(1) as pool:
+    with oracle_server(tmp_path / "one", f"{tmp_path / 'slow.py'}:score") as served, ThreadPoolExecutor(1) as pool:
         pids = served.pids()
         assert len(pids) >= 5 and served.semaphores()
         body = reward_body(["p"], ["slow"])
@@ -304,7 +229,7 @@ def test_sigterm_lets_requests_end_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_while_it_loads(llama: Inputs, tmp_path: Path) -> None:
-    with server(tmp_path / "one", llama.reward_model, wait=False) as served:
+    with oracle_server(tmp_path / "one", llama.reward_model, wait=False) as served:
         assert within(START_S, lambda: bool(list(served.temporary.glob("oatlite-*/mosec"))))
         pids = served.pids()
         served.process.send_signal(signal.SIGINT)
@@ -317,7 +242,7 @@ def test_what_cannot_be_served_is_one_line(llama: Inputs, tmp_path: Path) -> Non
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
-    with server(tmp_path / "one", broken, "--workers", "2", wait=False) as served:
+    with oracle_server(tmp_path / "one", broken, "--workers", "2", wait=False) as served:
         assert served.process.wait(START_S) == 2
         said = served.errors.read_text()
         assert said.startswith("oatlite: error: ") and said.count("\n") == 1

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import signal
 import subprocess
-import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from live import Stopwatch
-from runs import OATLITE, Inputs, Run, leftovers, read_lines, run_to_end, start, train, worker_pids
+import torch
+from greedy import DECIDED, decided_tokens
+from live import EngineMode, Stopwatch, live, wait_until
+from runs import (
+    OATLITE,
+    Inputs,
+    Run,
+    command,
+    leftovers,
+    read_lines,
+    run_to_end,
+    start,
+    start_command,
+    train,
+    worker_pids,
+)
 from small_pairrm import save_pairrm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,6 +76,9 @@ def test_samples_and_evaluations_are_saved_whole(one_by_one: Run) -> None:
     record = one_by_one.records("eval")[-1]
     assert record["win_probability"] == pytest.approx(sum(wins) / 8)
     assert record["win_rate"] == pytest.approx(sum(win > 0.5 for win in wins) / 8)
+    assert record["eval_queries"] == 8
+    for kind, whole in (("step", "step_s"), ("eval", "eval_s")):
+        assert all(0 < each["perf"]["score_s"] < each["perf"][whole] for each in one_by_one.records(kind))
 
 
 def test_the_learner_agrees_with_the_sampler_after_every_sync(one_by_one: Run) -> None:
@@ -67,6 +87,21 @@ def test_the_learner_agrees_with_the_sampler_after_every_sync(one_by_one: Run) -
         assert record["mismatch_mean"] < 1e-4
         assert record["mismatch_outside"] == 0
         assert record["staleness"] == 0
+
+
+def test_the_engine_answers_with_the_weights_that_are_saved(one_by_one: Run) -> None:
+    """The last evaluation is greedy, and of the last policy. Texts end before bytes that are no whole character."""
+    saved = one_by_one.folder / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved).eval(), AutoTokenizer.from_pretrained(saved)
+    first, last = (read_lines(one_by_one.folder / "eval" / f"step-00000{step}.jsonl") for step in (0, 3))
+    num_decided = 0
+    for row in last:
+        decided = decided_tokens(model, np.array(tokenizer(row["prompt"])["input_ids"]), 12)
+        text = tokenizer.decode(decided, skip_special_tokens=True).rstrip("\ufffd")
+        assert row["response"].startswith(text)
+        num_decided += len(text)
+    assert num_decided > 40, "too little was decided to say anything"
+    assert sum(one["response"] != other["response"] for one, other in zip(first, last, strict=True)) >= 4
 
 
 def test_training_moves_the_policy_and_the_saved_model_loads(one_by_one: Run, llama: Inputs) -> None:
@@ -93,11 +128,32 @@ def train_from(config: Path, folder: Path) -> Run:
     return run_to_end([str(OATLITE), *arguments], folder)
 
 
+TWO_ACTORS = ("--algo", "simpo", "--actors", "2", "--max-queries", "16")
+
+
 @pytest.fixture(scope="module")
 def two_actors(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The first step of ``one_by_one`` with two actors, logged to Weights & Biases too."""
-    more = ("--algo", "simpo", "--actors", "2", "--max-queries", "16", "--wandb")
-    return train(llama, tmp_path_factory.mktemp("runs") / "two-actors", *more)
+    return train(llama, tmp_path_factory.mktemp("runs") / "two-actors", *TWO_ACTORS, "--wandb")
+
+
+@pytest.mark.fault("18")
+def test_after_an_actor_was_killed_in_the_middle_of_an_update_both_answer_with_the_new_version(
+    two_actors: Run, llama: Inputs, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with live(command(llama, folder, *TWO_ACTORS), folder) as run:
+        run.wait_for("learner 0", "learn: step 1")
+        run.send("actor-1", signal.SIGSTOP)
+        run.wait_for("learner 0", "sync: version 1")
+        run.send("actor-1", signal.SIGKILL)
+        run.wait_for("actor 1 was killed by SIGKILL; restart 1 of 3")
+        assert not (folder / "eval" / "step-000001.jsonl").exists()
+        code, _ = run.end()
+    assert code == 0, run.output
+    assert Run(folder, code, "").metrics() == two_actors.metrics()
+    for evaluation in ("step-000000.jsonl", "step-000001.jsonl"):
+        assert read_lines(folder / "eval" / evaluation) == read_lines(two_actors.folder / "eval" / evaluation)
 
 
 def test_weights_and_biases_keeps_a_run_offline(two_actors: Run) -> None:
@@ -137,14 +193,44 @@ def test_two_ranks_with_two_actors_learn_what_one_does(one_by_one: Run, two_by_t
 
 
 def test_dpo_on_gpt_neox_offline(neox: Inputs, tmp_path: Path) -> None:
-    run = train(neox, tmp_path / "offline", "--algo", "dpo", "--sync-every", "1000", "--set", "sync.bucket_mib=1")
+    """The second step's evaluation is of newer weights, and what the third samples is the first policy's again."""
+    usable = neox.prompts.read_text().splitlines()[:56]
+    left_out = [json.dumps({"prompt": prompt, "reference": " none"}) for prompt in ("", "too long" * 40)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(left_out + usable))
+    never_synced = ("--sync-every", "1000", "--set", "sync.bucket_mib=1", "--set", "sampling.top_k=2")
+    more = ("--max-prompts", "99", "--eval-prompts", "8", "--max-prompt-tokens", "200")  # all that there are
+    run = train(replace(neox, prompts=prompts), tmp_path / "offline", "--algo", "dpo", *never_synced, *more)
     assert run.exit_code == 0, run.output
+    assert "2 prompts were empty or too long and are left out" in run.output
     steps = run.records("step")
     assert [record["policy_version"] for record in steps] == [0, 0, 0]
+    assert steps[0]["mismatch_mean"] < 1e-4
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert abs(steps[-1]["kl"]) > 1e-4
     evals = run.records("eval")
     assert evals[-1]["win_probability"] != evals[0]["win_probability"]
+    pairs = [pair for pair in read_lines(run.folder / "samples.jsonl") if pair["step"] == 3]
+    first, last = (are_likeliest(policy, pairs, 2) for policy in (neox.policy, run.folder / "model"))
+    assert all(first)
+    assert len(first) > 30 and sum(last) < 0.9 * len(last), "too little to tell them apart"
+
+
+def are_likeliest(policy: Path, pairs: list[dict[str, Any]], count: int) -> list[bool]:
+    """Of each of the responses' tokens, whether it is among the ``count`` that ``policy`` finds likeliest there.
+
+    One that rounding may have kept out is. Texts hold some bytes as U+FFFD: a response counts as far as the first.
+    """
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy).eval(), AutoTokenizer.from_pretrained(policy)
+    found: list[bool] = []
+    for pair, side in itertools.product(pairs, ("chosen", "rejected")):
+        prompt = tokenizer(pair["prompt"])["input_ids"]
+        response = tokenizer(pair[side].partition("\ufffd")[0])["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        least = logits.topk(count).values[:, -1] - DECIDED
+        found += (logits[range(len(response)), response] >= least).tolist()
+    return found
 
 
 def test_an_algorithm_of_a_users_own_judged_by_pairrm(llama: Inputs, tmp_path: Path) -> None:
@@ -158,15 +244,21 @@ def test_an_algorithm_of_a_users_own_judged_by_pairrm(llama: Inputs, tmp_path: P
 
 
 @pytest.mark.fault("6", "8")
-@pytest.mark.parametrize(("stage", "times", "end_s"), [("starting", 1, 30), ("generate", 1, 30), ("learn: step", 2, 5)])
+@pytest.mark.parametrize(("stage", "times", "end_s"), [("starting", 1, 30), ("generate", 2, 4), ("learn: step", 1, 30)])
 def test_ctrl_c_leaves_nothing(stage: str, times: int, end_s: float, llama: Inputs, tmp_path: Path) -> None:
+    """The second time, it waits for an actor that does not hear."""
     run = tmp_path / "run"
-    process = start(llama, run, "--max-prompts", "72", "--epochs", "200")
+    engine = EngineMode(tmp_path / "mode")
+    engine.set("deaf" if times == 2 else "fast")
+    arguments = command(llama, run, "--max-prompts", "72", "--epochs", "200")
+    process = start_command(arguments, engine.environment)
     try:
         seen = _wait_for_stage(process, stage)
-        for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        if times == 2:
+            wait_until(lambda: not worker_pids("learner-0"), end_s)
+            assert worker_pids("actor-0") and process.poll() is None, "it waits"
             process.send_signal(signal.SIGINT)
-            time.sleep(0.1)
         watch = Stopwatch()
         rest, _ = process.communicate(timeout=30)
         watch.within(end_s, f"Ctrl-C, {times} times, to the end")

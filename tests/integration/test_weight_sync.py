@@ -65,21 +65,27 @@ def test_greedy_tokens_equal_hugging_faces(
         with torch.no_grad():
             yield lambda name: published[name].value(model.get_parameter)
 
+    # With an adapter alone the base stays there: its responses come from the same batch as the policy's.
+    models = [model, load_policy(str(policy), torch.float32).eval()][: 2 if lora.get("sync") == "adapter" else 1]
+    samplers = ["policy", "reference"][: len(models)]
+    more = {"rollout": {"sampler": "hybrid"}, "model": {"reference": str(policy)}} if len(models) == 2 else None
     seen: list[list[list[int]]] = []
     layout = plan_layout([(name, one.shape) for name, one in published.items()], torch.float32, bucket_bytes)
     longest = LONG_PROMPT + MAX_NEW_TOKENS
-    with one_actor(policy, llama.reward_model, layout, VOCAB_SIZE, tmp_path, max_model_len=longest, lora=lora) as pool:
+    room = {"max_model_len": longest, "lora": lora, "more": more}
+    with one_actor(policy, llama.reward_model, layout, VOCAB_SIZE, tmp_path, **room) as pool:  # type: ignore[arg-type]
         for version in range(4):
             checksums = pool.sync(version, source)
             assert len(set(checksums)) == len(checksums) == layout.num_buckets
-            found, _ = pool.generate(prompts, np.zeros((len(prompts), 1), np.uint64), ["policy"], GREEDY)
-            tokens = [candidates[0].tokens.tolist() for candidates in found]
-            expected = [decided_tokens(model, prompt, MAX_NEW_TOKENS) for prompt in prompts]
-            for sampled, wanted in zip(tokens, expected, strict=True):
-                assert sampled[: len(wanted)] == wanted
-            assert expected[-1], "nothing was decided after the long prompt"
-            assert sum(map(len, expected)) > 50, "too little was decided to say anything"
-            seen.append(tokens)
+            seeds = np.zeros((len(prompts), len(samplers)), np.uint64)
+            found, _ = pool.generate(prompts, seeds, samplers, GREEDY)
+            for k, behind in enumerate(models):
+                expected = [decided_tokens(behind, prompt, MAX_NEW_TOKENS) for prompt in prompts]
+                for candidates, wanted in zip(found, expected, strict=True):
+                    assert candidates[k].tokens.tolist()[: len(wanted)] == wanted, samplers[k]
+                assert expected[-1], "nothing was decided after the long prompt"
+                assert sum(map(len, expected)) > 50, "too little was decided to say anything"
+            seen.append([candidates[0].tokens.tolist() for candidates in found])
             with torch.no_grad():
                 for parameter in filter(lambda p: p.requires_grad, model.parameters()):
                     parameter += 0.1 * torch.randn(parameter.shape, generator=generator)

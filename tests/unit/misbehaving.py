@@ -76,6 +76,13 @@ def hangs(handler):
     handler.rfile.read(1)
 
 
+def goes_away(handler):
+    """No answer, and from now on nobody listens."""
+    handler.close_connection = True
+    handler.server.shutdown()
+    handler.server.server_close()
+
+
 def drips(handler):
     """A byte now and then, without end."""
     handler.send_response(200)

@@ -13,10 +13,10 @@ import torch
 from oatlite.algorithms import build_algorithm
 from oatlite.config.algorithms import SimPOConfig
 from oatlite.config.schema import Config
-from oatlite.errors import OracleError
-from oatlite.models import TokenPair
+from oatlite.errors import DeadlineExceeded, OracleError
+from oatlite.layouts import TokenPair
 from oatlite.testing import BigramPolicy, InMemoryTrainer, Rehearsal, rehearse
-from oatlite.workers.ahead import Ahead
+from oatlite.workers.ahead import Ahead, Unseen
 from oatlite.workers.buffer import TrainingPair
 from oatlite.workers.experience import Rollouts
 from oatlite.workers.update import Layout, Updater, UpdateStats
@@ -70,6 +70,31 @@ def ahead_of(
         }
     )
     return Ahead(config, experience, num_steps, 1)
+
+
+@pytest.mark.parametrize("is_waiting", [False, True])
+def test_a_collection_that_hangs_by_itself_has_an_end_and_one_that_waits_for_an_actor_has_its_own(
+    is_waiting: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Collects(GatedExperience):
+        def collect(self, step: int, num_queries: int) -> Rollouts:
+            with shows.doing("generate"):
+                if is_waiting:
+                    return super().collect(step, num_queries)
+            return super().collect(step, num_queries)
+
+    shows, experience = Unseen(), Collects()
+    config = Config.model_validate({"rollout": {"asynchronous": True}, "timeouts": {"learn_s": 0.5}})
+    ahead = Ahead(config, experience, 10, 1, shows.alone_s)
+    ahead.go_on(0, 0)
+    if is_waiting:
+        threading.Timer(2.5, experience.open, [1]).start()
+        assert ahead.take().policy_version == 0
+    else:
+        with pytest.raises(DeadlineExceeded, match="step 1 did nothing but choose pairs"):
+            ahead.take()
+        assert "in collect" in capfd.readouterr().err
+    experience.open(1, 2)
 
 
 def in_background(call: Callable[[], object]) -> threading.Thread:

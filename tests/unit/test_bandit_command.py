@@ -31,6 +31,11 @@ def test_the_tabular_experiment_prints_orders_and_leaves_curves(tmp_path: Path, 
     assert orders["uniform"] == pytest.approx(1, abs=0.05)
     assert orders["reward-mixture"] == pytest.approx(2, abs=0.15)
     assert orders["policy-mixture"] == pytest.approx(2, abs=0.15)
+    ranges = re.findall(r"^\s*\S+(?:form|mixture)\s+([\d.]+)\s+([\d.]+) \.\.\. ([\d.]+)", printed, re.M)
+    assert len(ranges) == 3
+    for middle, low, high in ranges:
+        assert float(low) <= float(middle) <= float(high)
+    assert float(ranges[0][2]) < 1.5 < min(float(low) for _, low, _ in ranges[1:]), "no seed could be either"
     folder = tmp_path / "bandit-tabular"
     assert sorted(path.name for path in folder.iterdir()) == ["tabular.csv", "tabular.pdf", "tabular.png"]
     assert (folder / "tabular.png").read_bytes().startswith(b"\x89PNG")
@@ -56,6 +61,8 @@ def test_the_dueling_experiment_runs_every_rule(tmp_path: Path, capsys) -> None:
     printed = capsys.readouterr().out
     assert all(f" {rule} " in printed for rule in RULES) and "24 comparisons" in printed
     assert printed.count("±") == 4 * len(RULES) - 2 + 1, "means, and differences but for passive's from itself"
+    assert (folder / "dueling.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "dueling.pdf").read_bytes().startswith(b"%PDF")
     rows = table(folder / "dueling.csv")
     assert {float(row["comparisons asked"]) for row in rows} == {8, 16, 24}
     assert len(rows) == 2 * len(RULES) * 3
@@ -68,6 +75,7 @@ def test_exploring_regrets_less_than_choosing_blindly() -> None:
     assert (bai.cumulative[:, -1] < 0.85 * passive.cumulative[:, -1]).all()
     assert (np.diff(ee.cumulative) >= 0).all() and ee.simple.shape == (4, 30)
     assert (ee.simple[:, -1] < 0.7 * ee.simple[:, 0]).all()
+    assert ee.simple[:, -1].mean() < passive.simple[:, -1].mean() > bai.simple[:, -1].mean()
     again = run("sea-ee", problem, range(4))
     assert (again.cumulative == ee.cumulative).all(), "a function of the seeds"
 
@@ -115,7 +123,7 @@ def centred(rewards: torch.Tensor) -> torch.Tensor:
     [
         (["tabular", "--beta", "0"], "give one above 0"),
         (["triangular"], "'tabular', 'dueling'"),
-        (["tabular", "--actions", "1"], "greater than or equal to 2"),
+        (["tabular", "--actions", "1"], "must be at least 2"),
         (["tabular", "--output", "file/below"], "cannot make file/below"),
     ],
 )

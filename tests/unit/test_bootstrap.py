@@ -287,3 +287,14 @@ def test_a_step_gets_its_settings(tmp_path: Path) -> None:
     command = ["sh", "-c", f'test "$DS_BUILD_OPS" = 0 && touch {tmp_path}/ran']
     bootstrap.run_step("step", command, {"DS_BUILD_OPS": "0"}, advice="")
     assert (tmp_path / "ran").exists()
+
+
+def test_the_command_is_named_as_the_persons_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    became: dict[str, str] = {}
+    monkeypatch.setattr(bootstrap, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(bootstrap.os, "execve", lambda program, words, environment: became.update(environment))
+    (tmp_path / "elsewhere").mkdir()
+    for folder, word in ((".", ".venv/bin/oatlite"), ("elsewhere", f"{tmp_path}/.venv/bin/oatlite")):
+        monkeypatch.chdir(tmp_path / folder)
+        bootstrap.hand_over("train", [])
+        assert became["OATLITE_COMMAND"] == word

@@ -33,9 +33,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     from types import ModuleType
 
     configs: list[Any] = []
-    supervisor = ModuleType("oatlite.supervisor")
-    supervisor.train = lambda config: configs.append(config) or 0  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "oatlite.supervisor", supervisor)
+    run = ModuleType("oatlite.run")
+    run.train = lambda config: configs.append(config) or 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "oatlite.run", run)
     return configs
 
 
@@ -73,6 +73,7 @@ def test_a_command_explains_itself_and_its_line_in_the_list_is_its_own(
     assert main([name, "--help"]) == 0
     assert "Usage: oatlite" in capsys.readouterr().out
     assert (load().__doc__ or "").splitlines()[0].rstrip(".") == line.rstrip(".")
+    assert len(line) <= 60, "it stands whole in 80 columns"
 
 
 def test_each_flag_of_train_is_an_option_of_the_configuration() -> None:
@@ -99,6 +100,15 @@ def test_each_flag_of_train_is_an_option_of_the_configuration() -> None:
         (["--zzzzzz"], "oatlite --help"),
         (["train", "--lr", "-1"], "learner.lr = -1.0 (--lr) must be greater than 0"),
         (["train", "--gpus", "2"], "--gpus 0"),
+        (["train", "--gpus", "two"], "'--gpus': must be a whole number;"),
+        (["sft", "--lr", "fast"], "'--lr': must be a number;"),
+        (["sft", "--epochs", "0"], "'--epochs': must be at least 1;"),
+        (["generate", "--gpus", "2"], "'--gpus': must be at most 1;"),
+        (["sft", "--dtype", "float16"], "'--dtype': 'float16' is not one of 'float32', 'bfloat16';"),
+        (["train", "--judge-model", "m"], "add --oracle judge"),
+        (["train", "--oracle-url", "http://h:1"], "add --oracle remote"),
+        (["train", "--eval-every", "4", "--eval-every-queries", "100"], "both say when to evaluate"),
+        (["train", "--oracle-weights", "1,2"], "there is 1 oracle;"),
         (["train", "--config", "gone.toml"], "gone.toml"),
         (["train", "--preset", "gone"], "no preset"),
         (["train", "--set", "learner.lrr=1"], "learner.lr"),
@@ -118,22 +128,22 @@ def test_failures_have_their_exit_codes(
 
         return train
 
-    supervisor = sys.modules["oatlite.supervisor"]
-    monkeypatch.setattr(supervisor, "train", fail(OracleError("the oracle\nis silent", "start it")))
+    run = sys.modules["oatlite.run"]
+    monkeypatch.setattr(run, "train", fail(OracleError("the oracle\nis silent", "start it")))
     assert main(["train"]) == 6
     assert capsys.readouterr().err == "oatlite: error: the oracle is silent; start it\n"
-    monkeypatch.setattr(supervisor, "train", fail(KeyboardInterrupt()))
+    monkeypatch.setattr(run, "train", fail(KeyboardInterrupt()))
     assert main(["train"]) == 130
-    monkeypatch.setattr(supervisor, "train", lambda config: 143)
+    monkeypatch.setattr(run, "train", lambda config: 143)
     assert main(["train"]) == 143
-    monkeypatch.setattr(supervisor, "train", fail(OSError(errno.ENOSPC, "No space left on device", "/tmp/x")))
+    monkeypatch.setattr(run, "train", fail(OSError(errno.ENOSPC, "No space left on device", "/tmp/x")))
     assert main(["train"]) == 5
     told = "oatlite: error: cannot write /tmp/x: No space left on device; free space on that disk\n"
     assert capsys.readouterr().err.endswith(told)
-    monkeypatch.setattr(supervisor, "train", fail(FileNotFoundError(errno.ENOENT, "a bug too", "/tmp/x")))
+    monkeypatch.setattr(run, "train", fail(FileNotFoundError(errno.ENOENT, "a bug too", "/tmp/x")))
     with pytest.raises(FileNotFoundError, match="a bug too"):
         main(["train"])
-    monkeypatch.setattr(supervisor, "train", fail(RuntimeError("a bug")))
+    monkeypatch.setattr(run, "train", fail(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         main(["train"])
 
@@ -174,13 +184,14 @@ def test_every_flag_reaches_its_option(trained: list[Any]) -> None:
         "oracle.flip_prob": 0.1, "remote.url": "http://h:1", "judge.model": "j", "judge.url": "http://h:2",
         "placement.gpus": 0, "placement.actors": 2,
         "lora.rank": 16, "learner.reference_offload": True,
-        "placement.learners": 2, "eval.every": 3, "eval.prompts": 11, "eval.every_queries": 99,
+        "placement.learners": 2, "placement.gpus_per_actor": 2,
+        "eval.every": 3, "eval.prompts": 11,
         "eval.oracle": ("remote",), "eval.best_of_n": 4,
             "checkpoint.save_every": 7, "checkpoint.keep_last": 3,
     }  # fmt: skip
     # Flags that go with no rollouts, and with what does not contradict them.
     offline: dict[str, Any] = {"rollout.offline": True, "data.preferences": "p", "model.path": "m"}
-    ahead: dict[str, Any] = {"rollout.asynchronous": True, "rollout.max_staleness": 3}
+    ahead: dict[str, Any] = {"rollout.asynchronous": True, "rollout.max_staleness": 3, "eval.every_queries": 99}
     assert set(values | offline | ahead) == set(FLAGS), "a new flag needs a value here"
     for number, given in enumerate((values, offline, ahead)):
         typed = [word for key, value in given.items() for word in to_type(key, value).split()]
@@ -204,6 +215,16 @@ def test_a_dry_run_says_it_all_and_starts_nothing(capsys: pytest.CaptureFixture[
     for words in ("seed", "17", "learner 0  CPU", "actor 0    CPU", "at most 24", "Missing here: nothing"):
         assert words in text
     assert "Downloads: nothing" in text
+    assert ["template", "general"] in [line.split() for line in text.splitlines()], "what a judge would be asked"
+
+
+def test_a_dry_run_warns_of_an_epoch_that_ends_between_two_syncs(capsys: pytest.CaptureFixture[str]) -> None:
+    """9,990 prompts are 24 steps of 400, and the preset syncs every 25."""
+    for prompts, is_told in ((9990, True), (10000, False)):
+        assert main(["train", "--dry-run", "--preset", "online", "--max-prompts", str(prompts)]) == 0
+        assert ("Warning: an epoch has 24 steps" in capsys.readouterr().out) == is_told
+    assert main(["train", "--dry-run", "--preset", "tldr-offline"]) == 0
+    assert "Warning" not in capsys.readouterr().out, "a run that never syncs is meant to"
 
 
 def test_a_dry_run_reports_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,6 +232,7 @@ def test_a_dry_run_reports_what_is_missing(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     for words in ("GPUs: 2 asked, none here", "GPU 1 (missing)", "model.path: trl-lib/", "data.prompts: lkevinzc/"):
         assert words in text
+    assert "GPU 1 (missing): not known without the size of trl-lib/" in text, "of what is here, a line of GiB"
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -220,6 +242,15 @@ def test_a_dry_run_takes_every_preset(preset: str, capsys: pytest.CaptureFixture
     assert lines[-1] == "Dry run: nothing was started."
     assert "Response:" not in {line.strip(" #") for line in lines}, "a value is one line"
     assert not trained
+
+
+def test_a_dry_run_shows_the_gpus_of_each_actor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dry-run", "--preset", "demo", "--gpus-per-actor", "2"]) == 0
+    assert "actor 0    CPU, 2 processes" in capsys.readouterr().out
+    assert main(["train", "--dry-run", "--preset", "demo", "--gpus", "3", "--gpus-per-actor", "2"]) == 0
+    assert "actor 0    GPU 1 (missing), GPU 2 (missing)" in capsys.readouterr().out
+    assert main(["train", "--dry-run", "--preset", "demo", "--algo", "xpo", "--gpus-per-actor", "2"]) == 2
+    assert "type --gpus-per-actor 1" in capsys.readouterr().err
 
 
 def test_a_dry_run_refuses_what_does_not_go_together(capsys: pytest.CaptureFixture[str]) -> None:

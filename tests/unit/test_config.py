@@ -13,9 +13,9 @@ from oatlite.config.dump import toml_value
 from oatlite.config.flags import FLAGS
 from oatlite.config.load import dump_toml, load_config, num_steps, preset_names, resolve
 from oatlite.config.oracle_names import for_evaluation
-from oatlite.config.placement import actors_of_rank, places, starts_after
+from oatlite.config.placement import actors_of_rank, is_shared, places, starts_after
 from oatlite.config.schema import Config
-from oatlite.config.steps import gradient_steps
+from oatlite.config.steps import gradient_steps, pairs_of_step, prompts_within, queries_of_step, queries_until
 from oatlite.errors import ConfigError
 from oatlite.hardware import Gpu, visible
 
@@ -70,11 +70,123 @@ def test_every_shipped_preset_loads() -> None:
         planned = resolved(8, preset=name)
         expected = {"tldr-ee4llm": 0} | dict.fromkeys(("gshf", "mixp", "online", "ref"), 48)
         assert gradient_steps(planned, 1) == expected.get(name, 1), name
-    assert resolved(8, preset="tldr-dpo-judge").data.max_prompts == 50000, "what it does not change is its base's"
+    judged = resolved(8, preset="tldr-dpo-judge")
+    assert judged.data.max_prompts == 50000, "what it does not change is its base's"
+    assert judged.judge.template == "summaries", "its prompts are posts"
     assert resolved(8, preset="tldr-sea").algorithm.name == "simpo"
     assert num_steps(resolved(8, preset="tldr-apl")) == 4 * (100000 // 1024), "128 queries each"
     assert num_steps(resolved(preset="demo")) == 1536 // 64
     assert num_steps(resolved(2, preset="tldr")) == 50000 // 128
+
+
+REMOTE = {"data.max_prompts": 50000, "rollout.prompts_per_step": 128, "learner.batch_size": 128} | {
+    "sampling.max_new_tokens": 53,
+    "sampling.temperature": 0.7,
+    "learner.micro_batch_size": 8,
+    "learner.lr": 5e-7,
+    "rollout.sync_every": 1,
+    "eval.every": 20,
+    "eval.prompts": 1000,
+    "model.path": "trl-lib/pythia-1b-deduped-tldr-sft",
+    "data.reference_key": "pythia-1b-reference",
+}
+DPO_REMOTE = REMOTE | {"algorithm.name": "dpo", "algorithm.beta": 0.1, "placement.gpus": 8, "oracle.path": ("remote",)}
+SIMPO = REMOTE | {"algorithm.name": "simpo", "algorithm.beta": 2.0, "placement.gpus": 2}
+PAIRRM = "llm-blender/PairRM-hf"
+SEA = {"explore.rule": "sea-bai", "explore.uncertainty": "logits", "explore.random_fallback": False}
+SAMPLERS = {"learner.weight_decay": 0.0, "learner.adam_betas": (0.9, 0.999), "learner.lr": 5e-7, "learner.passes": 2}
+
+
+@pytest.mark.parametrize(
+    ("preset", "values"),
+    [
+        ("tldr", SIMPO),
+        ("tldr-offline", SIMPO | {"rollout.sync_every": 100000}),
+        (
+            "tldr-sea",
+            SIMPO
+            | SEA
+            | {"placement.gpus": 4, "placement.actors": 4, "placement.learners": 4, "learner.micro_batch_size": 1}
+            | {"explore.num_candidates": 10, "explore.encoder": None},
+        ),
+        ("tldr-dpo-remote", DPO_REMOTE),
+        ("tldr-dpo-judge", DPO_REMOTE | {"oracle.path": ("judge",), "judge.model": "gpt-4o-mini-2024-07-18"}),
+        (
+            "tldr-dpo-remote-6.9b",
+            DPO_REMOTE
+            | {"model.path": "trl-lib/pythia-6.9b-deduped-tldr-sft", "data.reference_key": "pythia-6.9b-reference"}
+            | {"remote.url": "http://remote-rm"},
+        ),
+        (
+            "tldr-dpo-sea",
+            DPO_REMOTE
+            | SEA
+            | {"data.epochs": 2, "data.max_queries": 50000, "learner.warmup_ratio": 0.02, "eval.every_queries": 2560}
+            | {"explore.num_candidates": 20, "explore.self_label_ratio": 0.3, "explore.burn_in": 5}
+            | {"explore.encoder": PAIRRM},
+        ),
+        (
+            "tldr-ee4llm",
+            DPO_REMOTE
+            | {"explore.rule": "sea-ee", "explore.num_candidates": 20, "explore.head_only": True, "eval.online": True}
+            | {
+                "explore.encoder": PAIRRM,
+                "explore.random_fallback": True,
+                "eval.best_of_n": 10,
+                "eval.best_of_n_temperature": 0.7,
+            },
+        ),
+        (
+            "tldr-apl",
+            DPO_REMOTE
+            | {"data.max_prompts": 100000, "data.epochs": 4, "rollout.prompts_per_step": 1024}
+            | {"explore.rule": "apl", "explore.num_candidates": 2, "explore.entropy_share": 1.0}
+            | {"explore.certainty_share": 0.125},
+        ),
+        ("tldr-xpo", DPO_REMOTE | {"algorithm.name": "xpo", "algorithm.alpha": 5e-6}),
+        *((name, SAMPLERS) for name in ("ref", "online", "gshf", "mixp")),
+    ],
+)
+def test_a_preset_sets_what_the_command_that_it_stands_for_sets(preset: str, values: dict[str, Any]) -> None:
+    config = resolved(8, preset=preset)
+    found = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in values}
+    assert found == values
+
+
+OAT_FLAGS = (
+    *("apl-pref-certainty-only", "best-of-n-eval", "beta", "collocate", "cuda-devices", "dap-algo"),
+    *("eval-query-interval", "eval-steps", "exp-method", "exp-rnd-sample", "flash-attn", "generate-max-length", "gpus"),
+    *("gradient-checkpointing", "input-key", "learn-rm", "learn-rm-only", "lr-warmup-ratio", "max-model-data-ratio"),
+    *("max-step-adjustment", "max-train", "model-rollout", "num-bon", "num-prompt-epoch", "num-samples"),
+    *("online-evaluation", "output-key", "pi-buffer-maxlen-per-device", "preference-oracle", "pretrain"),
+    *("prompt-data", "remote-rm-url", "reward-oracle", "rnd-seed", "rollout-batch-size"),
+    *("rollout-batch-size-per-device", "sync-params-every", "train-batch-size", "train-batch-size-per-device"),
+    *("use-wb", "wb-run-name", "vllm-sleep", "vllm-gpu-ratio"),
+)
+"""Those of the commands that the presets stand for, and those that place them on GPUs."""
+
+
+def test_every_flag_of_oats_commands_has_a_row_in_the_readme() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = [line.split("|")[1] for line in text.partition("## Coming from oat")[2].splitlines() if line[:1] == "|"]
+    told = {flag for row in rows for flag in re.findall(r"`--([a-z0-9-]+)`", row)}
+    assert not set(OAT_FLAGS) - told
+    assert all(rule in text for rule in ("`EnnBAITS`", "`EnnEETS`", "`EnnUncertainty`", "`EnnPassive`"))
+
+
+def test_pairs_that_the_head_labels_itself_make_a_budget_last_longer() -> None:
+    """128 prompts on four ranks are 32 each, of which 9 (0.3 of 32, rounded down) ask nobody after five steps."""
+    planned = resolved(8, preset="tldr-dpo-sea")
+    assert [queries_of_step(planned, step) for step in (1, 5, 6, 542)] == [128, 128, 92, 92]
+    assert num_steps(planned) == 5 + 537, "537 steps of 92 for 50,000 - 5 * 128 = 49,360 queries"
+    assert queries_until(planned, 541) == 5 * 128 + 536 * 92 < 50000 <= queries_until(planned, 542)
+    assert sum(gradient_steps(planned, step) for step in range(1, 543)) == 542 and pairs_of_step(planned) == 128
+    assert prompts_within(planned, 48, 542) == 68, "four ranks with 17, of which 5 ask nobody"
+    assert prompts_within(planned, 48, 5) == 48 and prompts_within(planned, 0, 542) == 1
+    for sets, count in ((["data.max_queries=600"], 5), (["data.max_queries=641"], 6), (["explore.burn_in=0"], 544)):
+        assert num_steps(resolved(8, preset="tldr-dpo-sea", sets=sets)) == count, sets
+    alone = resolved(8, preset="tldr-dpo-sea", sets=["explore.self_label_ratio=1", "explore.burn_in=2"])
+    assert num_steps(alone) == 2 * (50000 // 128), "it never asks about 50,000, and the prompts bound it"
 
 
 def test_the_presets_of_the_samplers_differ_in_the_sampler() -> None:
@@ -98,6 +210,8 @@ def test_the_presets_of_the_samplers_differ_in_the_sampler() -> None:
         ("sea-bai", "explore.max_tries=2", "is for --explore sea-ee, and this is sea-bai"),
         ("passive", "explore.uncertainty=logits", "is for --explore sea-bai or uncertainty, and this is passive"),
         ("none", "sampling.mixture_weight=0.3", "is for --sampler mixture, and this is policy"),
+        ("sea-bai", "explore.burn_in=3", "add --set explore.self_label_ratio=0.3, or leave it out"),
+        ("passive", "explore.num_candidates=4", "add --set explore.self_label_ratio=0.3, or leave it out"),
     ],
 )
 def test_what_is_typed_for_nothing_is_refused(rule: str, setting: str, words: str) -> None:
@@ -133,6 +247,8 @@ def test_sampling_ahead_gives_each_process_a_gpu_of_its_own() -> None:
         (ASYNC | {"placement.gpus": 4, "placement.actors": 4}, ["1 learner rank and 4 actors have 4 GPUs"]),
         (ASYNC | {"rollout.sync_every": 4}, ["syncs after each step", "--sync-every 1"]),
         (ASYNC | {"explore.rule": "sea-bai"}, ["--explore sea-bai", "--no-async"]),
+        (ASYNC | {"explore.rule": "passive"}, ["a head that learns from each step in turn", "--no-async"]),
+        (ASYNC | {"explore.rule": "apl"}, ["asks the learner's reference", "--no-async"]),
         ({"rollout.max_staleness": 2}, ["--max-staleness is for --async"]),
         ({"rollout.strict_staleness": True}, ["add --async"]),
         (OFFLINE | ASYNC, ["--async is for rollouts"]),
@@ -254,6 +370,8 @@ def test_weights_go_by_cuda_ipc_where_every_actor_is_on_its_learners_gpu() -> No
     assert transport(0) == "shm"
     assert transport(1) == transport(2) == "cuda_ipc"
     assert transport(2, actors=1, learners=1) == transport(2, actors=2, learners=1) == "shm"
+    assert transport(2, gpus_per_actor=2) == transport(4, gpus_per_actor=2) == "cuda_ipc"
+    assert transport(3, gpus_per_actor=2) == "shm"
     split = {"placement.gpus": 2, "placement.actors": 1, "placement.learners": 1, "sync.transport": "cuda_ipc"}
     assert "GPUs of their own" in refused(2, preset="demo", flags=split)
 
@@ -400,7 +518,14 @@ def test_files_and_presets_that_are_not_there() -> None:
         ({"oracle.path": ["module:not-a-name"]}, ["must look like file.py:name"]),
         ({"oracle.path": ["judge"], "judge.model": "m", "judge.url": "http://h:99999/v1"}, ["no web address", "Port"]),
         ({"oracle.path": ["remote"], "remote.url": "http://a b:80"}, ["no web address"]),
-        ({"oracle.path": ["remote"], "remote.url": "http://me:secret@h"}, ["holds a password", "environment"]),
+        *(
+            ({"oracle.path": ["remote"], "remote.url": url}, [f"remote.url = {url} is no web address", "--oracle-url"])
+            for url in ("http://[", "http://h:port", "http://h:0", "ftp://h", "http://:80", "http://1.2.3.400:80")
+        ),
+        ({"oracle.path": ["judge"], "judge.model": "m", "judge.url": "https://me:hunter2@h/v1"}, ["holds a password"]),
+        ({"oracle.path": ["remote"], "remote.url": "http://h:1", "remote.batch_size": 4097}, ["must be at most 4096"]),
+        ({"oracle.path": ["remote"], "remote.url": "http://me:hunter2@h:port"}, ["http://***@h:port is no web addr"]),
+        ({"oracle.path": ["remote"], "remote.url": "http://me:hunter2@h"}, ["holds a password", "environment"]),
         ({"oracle.path": ["remote"], "remote.url": "http://h/?key=1"}, ["holds a query", "environment"]),
         ({"explore.num_candidates": 4}, ["--num-candidates is for exploration", "add --explore sea-bai"]),
         ({"explore.rule": "best"}, ["'sea-bai'", "'apl'"]),
@@ -413,14 +538,15 @@ def test_files_and_presets_that_are_not_there() -> None:
 def test_an_oracle_that_cannot_be_is_one_line(flags: dict[str, object], words: list[str]) -> None:
     message = refused(preset="demo", flags=flags)
     assert all(word in message for word in words), message
+    assert "hunter2" not in message
 
 
 def test_the_oracle_of_evaluation_has_options_of_its_own_and_else_those_of_training() -> None:
     flags = {
         "oracle.path": ["remote"], "oracle.chat_template": True, "oracle.max_tokens": 99, "remote.url": "http://h:1",
-        "eval.oracle": ["a", "b"], "eval.weights": "1,2", "eval.chat_template": False, "judge.model": "j",
+        "eval.oracle": ["a", "b"], "eval.weights": "1,2", "eval.chat_template": False,
     }  # fmt: skip
-    config = resolved(preset="demo", flags=flags)
+    config = resolved(preset="demo", flags=flags, file=toml("[judge]\nmodel = 'j'\n"))
     seen = for_evaluation(config)
     assert (seen.oracle.path, seen.oracle.weights, seen.oracle.chat_template) == (("a", "b"), (1.0, 2.0), False)
     assert (seen.oracle.max_tokens, seen.remote.url, seen.judge.model) == (99, "http://h:1", "j")
@@ -429,6 +555,26 @@ def test_the_oracle_of_evaluation_has_options_of_its_own_and_else_those_of_train
     assert for_evaluation(resolved(preset="demo", flags=elsewhere)).remote.url == "http://h:2"
     alone = {"eval.oracle": ["judge"], "eval.judge_model": "other"}
     assert for_evaluation(resolved(preset="demo", flags=alone)).judge.model == "other"
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ({"oracle.path": ["judge"], "eval.oracle": ["judge"], "judge.model": "m"}, "eval.judge_key_env"),
+        ({"oracle.path": ["remote"], "eval.oracle": ["remote"]}, "eval.token_env"),
+    ],
+)
+def test_a_secret_is_sent_to_one_host_unless_told(kind: dict[str, Any], own: str) -> None:
+    training, evaluation = ("judge.url", "eval.judge_url") if "judge.model" in kind else ("remote.url", "eval.url")
+    here = kind | {training: "http://one:1/v1", evaluation: "http://one:2/v1"}
+    assert resolved(preset="demo", flags=here)
+    there = here | {evaluation: "http://two:1/v1"}
+    said = refused(preset="demo", flags=there)
+    assert "evaluation asks two" in said and "is for one" in said and f"--set {own}=NAME" in said
+    seen = for_evaluation(resolved(preset="demo", flags=there | {own: "OTHER"}))
+    assert (seen.judge.key_env if "judge.model" in kind else seen.remote.token_env) == "OTHER"
+    alone = there | {"oracle.path": ["demo"]}
+    assert resolved(preset="demo", flags=alone), "nothing of training's is asked, so no other host knows the secret"
     assert "2 oracles" in refused(preset="demo", flags={"eval.oracle": ["a", "b"], "eval.weights": "1"})
 
 
@@ -579,6 +725,72 @@ def test_places_share_gpus_unless_there_are_enough() -> None:
     assert gpus_of(2, learners=1, actors=1) == [("learner 0", 0, 0), ("actor 0", 1, 0)]
 
 
+def test_an_actor_with_several_gpus_shares_its_first_with_a_learner_or_none() -> None:
+    def gpus_of(num_gpus: int, each: int, **flags: Any) -> list[tuple[int, ...]]:
+        given = {
+            f"placement.{key}": value for key, value in ({"gpus": num_gpus, "gpus_per_actor": each} | flags).items()
+        }
+        config = resolved(num_gpus, preset="demo", flags=given)
+        return [place.gpus for place in places(config, range(8))]
+
+    assert gpus_of(0, 3) == [(), ()]
+    assert gpus_of(2, 2) == [(0,), (0, 1)]
+    assert gpus_of(3, 2) == [(0,), (1, 2)]
+    assert gpus_of(4, 2) == [(0,), (2,), (0, 1), (2, 3)]
+    assert gpus_of(4, 2, learners=1) == [(0,), (0, 1), (2, 3)]
+    assert gpus_of(4, 2, actors=1) == [(0,), (1, 2)]
+    assert gpus_of(5, 2, learners=1) == [(0,), (1, 2), (3, 4)]
+    ahead = {"rollout.asynchronous": True, "placement.gpus": 8, "placement.gpus_per_actor": 2}
+    config = resolved(8, preset="tldr", flags=ahead)
+    assert (config.placement.learners, config.placement.actors) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "flags", "words"),
+    [
+        (1, {}, ["1 actor of placement.gpus_per_actor = 2", "2 GPUs", "there is 1", "type --gpus-per-actor 1"]),
+        (4, {"placement.actors": 3}, ["6 GPUs", "there are 4", "--gpus-per-actor 1 or --actors 2"]),
+        (2, {"rollout.asynchronous": True}, ["GPUs of its own", "1 actor of 2 GPUs each have 2 GPUs", "--no-async"]),
+        (2, {"placement.gpus_per_actor": 0}, ["must be greater than 0"]),
+    ],
+)
+def test_gpus_that_are_not_there_for_each_actor(num_gpus: int, flags: dict[str, Any], words: list[str]) -> None:
+    line = refused(num_gpus, preset="demo", flags={"placement.gpus": num_gpus, "placement.gpus_per_actor": 2} | flags)
+    for word in words:
+        assert word in line
+
+
+def test_engines_sleep_where_each_shares_its_learners_gpu() -> None:
+    def sleeps(num_gpus: int, **more: Any) -> bool | None:
+        flags = {f"placement.{key}": value for key, value in ({"gpus": num_gpus} | more).items()}
+        return resolved(num_gpus, preset="demo", flags=flags | {"learner.micro_batch_size": 4}).placement.sleep
+
+    assert [sleeps(0), sleeps(1), sleeps(2)] == [False, True, True]
+    assert sleeps(2, actors=1, learners=1) is False, "GPUs of their own"
+    assert sleeps(2, actors=2, learners=1) is False, "one of two"
+    assert sleeps(1, actors=2) is True
+    assert sleeps(1, sleep=False) is False
+    for num_gpus, more in ((0, {}), (2, {"actors": 1, "learners": 1})):
+        flags = {f"placement.{key}": value for key, value in ({"gpus": num_gpus, "sleep": True} | more).items()}
+        line = refused(num_gpus, preset="demo", flags=flags)
+        assert "placement.sleep = true" in line and "--set placement.sleep=false" in line
+    assert (
+        resolved(flags={"rollout.offline": True, "data.preferences": "hub/p", "model.path": "hub/m"}).placement.sleep
+        is False
+    )
+
+
+def test_a_gpu_is_shared_by_more_than_one_process() -> None:
+    def shared(num_gpus: int, **flags: int) -> list[str]:
+        given = {f"placement.{key}": value for key, value in ({"gpus": num_gpus} | flags).items()}
+        everybody = places(resolved(num_gpus, preset="demo", flags=given), cores=(0,))
+        return [place.name for place in everybody if is_shared(place, everybody)]
+
+    assert shared(0) == [] and shared(2, actors=1, learners=1) == []
+    assert shared(1) == ["learner 0", "actor 0"]
+    assert shared(2, actors=2, learners=1) == ["learner 0", "actor 0"]
+
+
 def test_cores_are_shared_out_whole() -> None:
     config = resolved(flags={"placement.learners": 2, "placement.actors": 4})
     found = places(config, [3, 4, 5, 6, 7])
@@ -616,6 +828,7 @@ def test_a_learner_starts_after_the_actors_on_its_gpu_and_nobody_else_waits() ->
         return {p.name: [other.name for other in starts_after(p, everybody)] for p in everybody}
 
     shared = waits(2)
+    assert waits(4, gpus_per_actor=2) == shared
     assert (shared["learner 0"], shared["learner 1"]) == (["actor 0"], ["actor 1"])
     assert shared["actor 0"] == shared["actor 1"] == []
     assert not any(waits(2, actors=1, learners=1).values()), "on GPUs of their own"

@@ -172,7 +172,7 @@ def test_what_is_held_out_is_fixed_and_never_trained_on(tmp_path):
     sets = prompts_of(mixed, 5, reference_key=None)
     assert sum(prompts.num_dropped for prompts in sets) == 20
     assert sum(map(len, sets)) == 20
-    refused(lambda: prompts_of(source, 60), "no usable prompt to train on", "60 held out", "eval.prompts")
+    refused(lambda: prompts_of(source, 60), "no usable prompt to train on", "60 held out", "--eval-prompts")
 
 
 def test_max_prompts_takes_the_first_of_the_same_order(tmp_path):
@@ -235,7 +235,7 @@ def test_conversations(tmp_path):
     prompts, _ = prompts_of(source, 0, chat, chat_template=True)
     assert prompts.texts == ["<system>be brief<user>hi<assistant>"]
     assert json.loads(prompts.raw_texts[0]) == turns
-    refused(lambda: prompts_of(source), "row 0", "data.chat_template = true")
+    refused(lambda: prompts_of(source), "row 0", "--chat-template")
     refused(lambda: prompts_of(source, chat_template=True), "tokenizer has none")
     answered = write_jsonl(tmp_path / "b.jsonl", [{"prompt": [*turns, {"role": "assistant", "content": "yo"}]}])
     refused(lambda: prompts_of(answered, 0, chat, chat_template=True), "ends with the assistant")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from oatlite_cli import doctor as command
 
 from oatlite.doctor import cgroup, examination, trial
@@ -28,8 +30,9 @@ from oatlite.doctor.machine import (
     gpu_states,
 )
 from oatlite.errors import ConfigError
-from oatlite.hardware import Gpu, expandable_segments
+from oatlite.hardware import Gpu, unshareable_memory
 from oatlite.leftovers import Leftovers, Process
+from oatlite.weights import CudaIpcBuffer
 
 GIB = 1 << 30
 PACKAGES = (
@@ -87,6 +90,11 @@ NAMES = [
     *("open-files", "locked-memory", "processes", "socket-path", "leftovers", "orphans"),
 ]
 """Scripts look findings up by these."""
+PROGRAMS = {
+    *("oatlite", "python", "python3", "python3.11", "docker", "sudo", "nvidia-smi", "kill", "taskset", "mkdir"),
+    *("export", "unset", "ulimit", "ls", "du", "ps"),
+}
+"""What the first word of a fix may be: programs, and what a shell does itself."""
 
 
 def found(name: str, **changes: Any) -> Finding:
@@ -100,6 +108,11 @@ def with_version(name: str, version: str | None) -> dict[str, Any]:
 
 def used_gpu(free_gib: float, *processes: GpuProcess) -> dict[str, Any]:
     return {"gpus": (SOUND.gpus[0], GpuState("H100", 80 * GIB, round(free_gib * GIB), processes))}
+
+
+def begins_with_a_program(fix: str) -> bool:
+    """Whether what mends a problem can be typed as it stands."""
+    return Path(shlex.split(fix, comments=True)[0]).name in PROGRAMS
 
 
 def test_a_sound_machine_has_nothing_to_mend() -> None:
@@ -124,18 +137,29 @@ def test_a_sound_machine_without_gpus_skips_what_it_has_none_for() -> None:
         ("deepspeed", with_version("deepspeed", "0.20.0"), "tested range ==0.19.8", "pip install deepspeed==0.19.8"),
         ("torch", with_version("torch", "2.9.0"), "2.9.0", "cli/bootstrap.py --gpu setup"),
         ("torch", with_version("torch", "2.9.0") | WITHOUT_GPU, "2.9.0", "cli/bootstrap.py --cpu setup"),
-        ("vllm", {"engine_fault": ConfigError("built for CPUs", "type x setup")}, "built for CPUs", "x setup"),
+        ("vllm", {"engine_fault": ConfigError("built for CPUs", "type python3 x setup")}, "built for CPUs", "x setup"),
         ("packages", with_version("pyzmq", "25.1"), "pyzmq 25.1", "pip install 'pyzmq>=26'"),
         ("gpus", {"torch": TORCH._replace(cuda=None, devices=())}, "built for CPUs", "--gpu setup"),
         ("gpus", {"torch": TORCH._replace(devices=TORCH.devices[:1])}, "sees 1 of 2", "torch.cuda.init"),
-        ("gpus", used_gpu(10, GpuProcess(77, "python", 70 * GIB)), "python 77: 70 GiB", "kill 77 if that is yours"),
+        (
+            "gpus",
+            used_gpu(10, GpuProcess(77, "python", 70 * GIB)),
+            "python 77: 70 GiB",
+            "kill 77  # if that is yours, or export CUDA",
+        ),
         ("gpus", used_gpu(10), "10 of 80 GiB free", "export CUDA_VISIBLE_DEVICES=0"),
-        ("driver", {"driver_cuda": (12, 8)}, "runs CUDA 12.8; torch is built for 13.0", "update the NVIDIA driver"),
+        ("driver", {"driver_cuda": (12, 8)}, "runs CUDA 12.8; torch is built for 13.0", "install cuda-drivers"),
         (
             "allocator",
             {"environment": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}},
             "expandable_segments:True",
             "unset PYTORCH_ALLOC_CONF, or --set sync.transport=shm",
+        ),
+        (
+            "allocator",
+            {"environment": {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}},
+            "backend:cudaMallocAsync, which CUDA IPC cannot share",
+            "unset PYTORCH_CUDA_ALLOC_CONF",
         ),
         (
             "shared-memory",
@@ -149,9 +173,14 @@ def test_a_sound_machine_without_gpus_skips_what_it_has_none_for() -> None:
             "0.1 of 64 GiB",
             "ls -lS /dev/shm",
         ),
-        ("disk", {"disk": Space(Path("runs"), 100 * GIB, GIB // 2)}, "0.5 of 100 GiB free in runs", "--run-dir"),
+        (
+            "disk",
+            {"disk": Space(Path("runs"), 100 * GIB, GIB // 2)},
+            "0.5 of 100 GiB free in runs",
+            "| sort -h | tail  # what is large, or",
+        ),
         ("disk", {"disk": Space(Path("/x"), 100 * GIB, 90 * GIB, False)}, "/x cannot be written", "--run-dir"),
-        ("disk", {"disk": Space(Path("/x"), 100 * GIB, 90 * GIB, True, 0)}, "no more files", "--run-dir"),
+        ("disk", {"disk": Space(Path("/x"), 100 * GIB, 90 * GIB, True, 0)}, "no more files", "du --inodes -x /"),
         ("memory", {"memory_available": 2 * GIB}, "2 of 256 GiB available", "ps aux --sort=-rss"),
         ("memory", {"memory_limit": Use(4 * GIB, 3 * GIB)}, "1 GiB available, within", "docker run --memory=16g"),
         ("open-files", {"open_files": Limit(100, 524288)}, "100 to a process", "ulimit -n 65536"),
@@ -173,6 +202,7 @@ def test_a_problem_comes_with_what_mends_it(name: str, changes: dict[str, Any], 
     assert finding.status == "problem"
     assert detail in finding.detail
     assert fix in finding.fix
+    assert begins_with_a_program(finding.fix)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +221,7 @@ def test_a_problem_comes_with_what_mends_it(name: str, changes: dict[str, Any], 
         ("disk", {"disk": Space(Path("runs"), 100 * GIB, 20 * GIB)}, "20 of 100 GiB free", "--run-dir"),
         ("memory", {"memory_available": 5 * GIB}, "5 of 256 GiB", "ps aux"),
         ("cores", {"core_quota": 2.5}, "the time of 2.5", "taskset -c 0-1 oatlite train"),
-        ("cores", {"cores": 3}, "learners and actors are 4", "4 cores"),
+        ("cores", {"cores": 3}, "learners and actors are 4", "docker run --cpus=4"),
         ("open-files", {"open_files": Limit(512, 524288)}, "512 to a process", "ulimit -n 65536"),
         ("locked-memory", {"locked_memory": Limit(8 << 20, 8 << 20)}, "8192 KiB", "ulimit -l unlimited"),
         ("processes", {"process_limit": Limit(1000, 1000)}, "700 left", "nproc=65536"),
@@ -210,6 +240,7 @@ def test_a_warning_comes_with_what_mends_it(name: str, changes: dict[str, Any], 
     assert finding.status == "warning"
     assert detail in finding.detail
     assert fix in finding.fix
+    assert begins_with_a_program(finding.fix)
 
 
 @pytest.mark.parametrize(
@@ -327,16 +358,27 @@ def test_gpus_are_known_by_nvidia_smi_and_where_it_does_not_tell_by_torch() -> N
 
 
 @pytest.mark.parametrize(
-    ("environment", "name"),
+    ("variable", "value", "setting"),
     [
-        ({}, None),
-        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64, expandable_segments: true"}, "PYTORCH_ALLOC_CONF"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "PYTORCH_CUDA_ALLOC_CONF"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, None),
+        ("PYTORCH_ALLOC_CONF", "", None),
+        ("PYTORCH_ALLOC_CONF", "max_split_size_mb:64, expandable_segments: true", "expandable_segments:True"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "expandable_segments:True"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False", None),
+        ("PYTORCH_ALLOC_CONF", "backend: cudaMallocAsync", "backend:cudaMallocAsync"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,backend:cudaMallocAsync", "backend:cudaMallocAsync"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "backend:native", None),
     ],
 )
-def test_the_setting_that_breaks_cuda_ipc_is_known(environment: dict[str, str], name: str | None) -> None:
-    assert expandable_segments(environment) == name
+def test_a_setting_that_breaks_cuda_ipc_is_known_and_refused(
+    variable: str, value: str, setting: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    assert unshareable_memory({variable: value}) == ((variable, setting) if setting else None)
+    if setting:
+        with pytest.raises(ConfigError, match=f"not work with {variable}={setting}; unset it, or use --set sync.tra"):
+            CudaIpcBuffer(1024, torch.device("cuda", 0))
 
 
 @pytest.fixture
@@ -385,14 +427,16 @@ def test_what_the_trial_tells_becomes_findings() -> None:
     cpu = TorchView("2", None, (), ())
     told = {"detail": "4 MiB there and back"}
     assert trial.finding("messages", told, cpu, "") == Finding("messages", "ok", "4 MiB there and back")
-    full = trial.finding("weights-shm", {"error": "/dev/shm is full", "fix": "free some"}, cpu, "")
-    assert full == Finding("weights-shm", "problem", "/dev/shm is full", "free some")
-    strange = trial.finding("weights-cuda-ipc", {"error": "invalid device", "fix": ""}, TORCH, "")
-    assert (strange.status, strange.fix) == ("problem", "--set sync.transport=shm")
+    full = trial.finding("weights-shm", {"error": "/dev/shm is full"}, cpu, "")
+    assert full[:3] == ("weights-shm", "problem", "/dev/shm is full") and "--shm-size=2g" in full.fix
+    strange = trial.finding("weights-cuda-ipc", {"error": "invalid device"}, TORCH, "")
+    assert (strange.status, strange.fix) == ("problem", "oatlite train --set sync.transport=shm")
     assert trial.finding("weights-cuda-ipc", None, cpu, "").status == "skipped"
     dead = trial.finding("weights-cuda-ipc", None, TORCH, "the actor ended with code -9")
     assert (dead.status, dead.detail) == ("problem", "the actor ended with code -9")
-    assert trial.finding("weights-cuda-ipc", None, None, "the learner ended").status == "problem"
+    lost = trial.finding("weights-cuda-ipc", None, None, "the learner ended")
+    assert lost.status == "problem" and begins_with_a_program(lost.fix)
+    assert set(trial.FIXES) == set(trial.TRIALS) and all(map(begins_with_a_program, trial.FIXES.values()))
 
 
 # The screen

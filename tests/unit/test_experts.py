@@ -12,8 +12,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from oatlite.algorithms import build_algorithm
 from oatlite.config.algorithms import SimPOConfig
 from oatlite.config.schema import Config
+from oatlite.layouts import TokenPair, lay_out
 from oatlite.maths.balance import load_balancing_loss
-from oatlite.models import PairModel, TokenPair, lay_out
+from oatlite.models import PairModel
 from oatlite.trainer import StepResult
 from oatlite.workers.buffer import TrainingPair
 from oatlite.workers.update import Layout, Updater, UpdateStats

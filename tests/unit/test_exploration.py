@@ -96,6 +96,10 @@ def test_best_arm_duels(rewards: np.ndarray, seed: int, measure: str | None) -> 
         else:
             assert duels.second[m] != first
             assert unknown[duels.second[m]] == pytest.approx(max(unknown), rel=1e-9)
+    again = best_arm_duels(
+        np.concatenate([rewards, rewards], axis=2), members, *([] if measure is None else [MEASURES[measure]])
+    )
+    assert (again.first == duels.first).all() and (again.second == duels.second).all(), "of equals the first"
 
 
 @given(rewards_of_all_kinds, seeds, st.integers(1, 6) | st.none(), st.booleans())
@@ -119,6 +123,8 @@ def test_uncertainty_duels(rewards: np.ndarray, measure: str) -> None:
     for m in range(rewards.shape[1]):
         assert unknown[m, duels.first[m], duels.second[m]] == unknown[m].max()
         assert duels.is_clash[m] == (unknown[m].max() == 0)
+    again = uncertainty_duels(np.concatenate([rewards, rewards], axis=2), MEASURES[measure])
+    assert (again.first == duels.first).all() and (again.second == duels.second).all(), "of equals the first"
 
 
 @given(rewards_of_all_kinds, seeds)
@@ -154,19 +160,25 @@ def test_active_preference_learning_keeps_what_its_definitions_say(rewards: np.n
 def test_a_clash_gets_a_random_other_and_nothing_else_changes(rewards: np.ndarray, seed: int) -> None:
     duels = explore_exploit_duels(rewards, order_of(rewards, seed), max_tries=1)
     assert duels.is_clash.all()
-    num_candidates = rewards.shape[2]
-    mended = duels.with_random_others(num_candidates, np.random.default_rng(seed))
-    assert not mended.is_clash.any()
-    assert (mended.first == duels.first).all() and (mended.second < num_candidates).all()
+    rng = np.random.default_rng(seed)
+    is_there = rng.random(rewards.shape[1:]) < 0.5
+    mended = duels.with_random_others(is_there, np.random.default_rng(seed))
+    assert (mended.first == duels.first).all()
+    for m, (first, second) in enumerate(zip(mended.first, mended.second, strict=True)):
+        others = [n for n in range(rewards.shape[2]) if is_there[m, n] and n != first]
+        assert second in (others or [first])
     apart = passive_duels(rewards.shape[1])
-    assert (apart.with_random_others(num_candidates, np.random.default_rng(seed)).second == apart.second).all()
+    assert (apart.with_random_others(is_there, np.random.default_rng(seed)).second == apart.second).all()
 
 
 def test_random_others_and_members_are_uniform() -> None:
     rng = np.random.default_rng(0)
     rewards = np.tile([0.0, 1.0, 0.5, 0.2], (1, 30_000, 1))
-    duels = explore_exploit_duels(rewards, order_of(rewards, 0)).with_random_others(4, rng)
-    assert np.bincount(duels.second, minlength=4) == pytest.approx([10_000, 0, 10_000, 10_000], abs=400)
+    duels = explore_exploit_duels(rewards, order_of(rewards, 0))
+    others = duels.with_random_others(np.ones((30_000, 4), np.bool_), rng).second
+    assert np.bincount(others, minlength=4) == pytest.approx([10_000, 0, 10_000, 10_000], abs=400)
+    others = duels.with_random_others(np.tile([True, True, True, False], (30_000, 1)), rng).second
+    assert np.bincount(others, minlength=4) == pytest.approx([15_000, 0, 15_000, 0], abs=400)
     members = draw_members(rng, 5, 30_000)
     assert (np.sort(members, axis=1) == np.arange(5)).all()
     for place in range(5):

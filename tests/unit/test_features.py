@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from small_folders import byte_tokenizer, save_model
 from small_pairrm import HIDDEN, save_pairrm
 from transformers import AutoModel, BertConfig, BertModel
 
+from oatlite.config.load import dump_toml
 from oatlite.config.schema import Config
-from oatlite.errors import ConfigError
+from oatlite.epistemic import save_head
+from oatlite.errors import ConfigError, OracleError
+from oatlite.maths.ensemble import EpistemicHead
 from oatlite.oracles import build_oracle
 from oatlite.oracles.features import ModelEncoder, build_encoder
 from oatlite.oracles.pairrm import PairRMOracle
@@ -44,6 +48,19 @@ def test_what_is_too_long_has_no_features(tmp_path: Path) -> None:
         assert np.isnan(one.features(PROMPTS, RESPONSES)).all(axis=1).tolist() == [True, False, True, False, True]
 
 
+def test_states_that_are_no_numbers_are_not_taken_for_what_is_too_long(tmp_path: Path) -> None:
+    """Else every prompt would be left out, and a run train on nothing."""
+    path = save_model(tmp_path / "rm", reward=True)
+    pairrm = PairRMOracle(save_pairrm(tmp_path / "pairrm")[0])
+    reward_model, another = RewardModelOracle(path), ModelEncoder(path)
+    models = {pairrm: pairrm.model.pretrained_model, reward_model: reward_model.model, another: another.model}
+    for encoder, model in models.items():
+        with torch.no_grad():
+            model.get_input_embeddings().weight.fill_(torch.nan)
+        with pytest.raises(OracleError, match=r"that are not finite; try oracle\.dtype = float32"):
+            encoder.features(PROMPTS, RESPONSES)
+
+
 def test_features_of_pairrm_are_the_states_at_two_prefixes(tmp_path: Path) -> None:
     oracle = PairRMOracle(save_pairrm(tmp_path / "pairrm")[0])
     features = oracle.features(PROMPTS, RESPONSES)
@@ -54,6 +71,29 @@ def test_features_of_pairrm_are_the_states_at_two_prefixes(tmp_path: Path) -> No
         with torch.no_grad():
             hidden = oracle.model.pretrained_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
         np.testing.assert_allclose(row, hidden[prefixes].flatten().numpy(), atol=1e-5)
+
+
+def test_the_readme_ranks_answers_by_the_head_that_a_run_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle = save_model(tmp_path / "rm", reward=True)
+    run = tmp_path / "runs" / "mine"
+    (run / "head").mkdir(parents=True)
+    config = Config.model_validate({"oracle": {"path": [oracle]}, "model": {"path": oracle}, "data": {"prompts": "p"}})
+    (run / "config.toml").write_text(dump_toml(config))
+    answers = [" one", " two and three", " four"]
+    features = torch.from_numpy(RewardModelOracle(oracle).features(["sum up: "] * 3, answers))
+    head = EpistemicHead(features.shape[1], num_members=4, hidden_size=8, seed=3)
+    save_head(run / "head", head, encoder=oracle)
+
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = [block.partition("```")[0] for block in text.split("```python\n")[1:] if "load_head" in block]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"prompt": "sum up: ", "answers": answers}
+    exec(code, names)
+    torch.testing.assert_close(names["rewards"], head(features))
+    assert names["best"] == answers[int(head(features).mean(0).argmax())]
+    assert len(set(head(features).mean(0).tolist())) == 3
 
 
 def test_any_decoder_or_encoder_serves(tmp_path: Path) -> None:

@@ -42,6 +42,19 @@ class Batched(RewardOracle):
 class Needy(Batched):
     def __init__(self, url): ...
 class Unrelated: ...
+class Asks(Batched):
+    num_failures = 0
+    def close(self):
+        from pathlib import Path
+        (Path(__file__).parent / "closed").touch()
+    def score(self, *arguments):
+        self.num_failures += 2
+        return super().score(*arguments)
+class AsksAboutPairs(PreferenceOracle):
+    num_failures = 5
+    def compare(self, prompts, first, second, references=None):
+        return Verdicts(first_win=[0.5] * len(prompts), is_valid=[True] * len(prompts))
+    def close(self): raise OSError("the line is dead")
 class Doubles(PreferenceOracle):
     def compare(self, prompts, first, second, references=None):
         import numpy as np
@@ -100,6 +113,18 @@ def test_numbers_of_numpy_count_and_a_reference_with_a_default_may_be_missing(mi
     assert oracle.compare(["p"], ["a"], ["b"], ["r"]).first_scores.tolist() == [0]
     verdicts = checked(build(mine, "Doubles").compare(["p"], ["a"], ["b"]), 1)
     assert verdicts.first_win.dtype == np.float32 and verdicts.is_valid.dtype == np.bool_
+
+
+def test_a_class_of_ones_own_is_closed_and_its_failures_are_counted(mine: str) -> None:
+    both = build(mine, "Asks", "Batched")
+    both.compare(["p"], ["a"], ["b"])
+    assert both.num_failures == 2
+    both.close()
+    assert (Path(mine).parent / "closed").exists()
+    alone = build(mine, "AsksAboutPairs")
+    assert alone.num_failures == 5
+    with pytest.raises(OracleError, match="AsksAboutPairs raised OSError: the line is dead"):
+        alone.close()
 
 
 def test_none_is_no_verdict(mine: str) -> None:
@@ -179,8 +204,6 @@ def test_several_rewards_are_added_with_their_weights(mine: str) -> None:
     assert partly.is_valid.tolist() == [True, True, False], "what one of them cannot score has no verdict"
     with pytest.raises(ConfigError, match="longer only compares"):
         build(mine, "length", "longer")
-    with pytest.raises(ConfigError, match="2 oracles and 3 weights"):
-        build(mine, "length", "bare", weights=[1, 1, 1])
 
 
 @pytest.mark.parametrize(
@@ -194,6 +217,10 @@ def test_several_rewards_are_added_with_their_weights(mine: str) -> None:
         ("1234.0", "reasons 5 6 #### 1,234", 1.0),
         (r"thus \boxed{3/4} or 9", "0.75", 1.0),
         (r"\boxed{1} no, \boxed{2}", "2", 1.0),
+        (r"\boxed{\frac{1}{2}}", "1/2", 1.0),
+        (r"\boxed{\frac{1}{2}}", "2", 0.0),
+        (r"so \(x = -\dfrac{3}{4}\)", "-0.75", 1.0),
+        ("4", r"thus \frac{8}{2}", 1.0),
         ("half: 50%", "0.5", 1.0),
         ("1e3", "1000", 1.0),
         ("-3", "3", 0.0),
@@ -223,6 +250,12 @@ def test_numbers_are_found_and_compared(response: str, reference: str, expected:
         ("The answer: C because A and B fail", "C", 1.0),
         (r"\boxed{D}", "(D)", 1.0),
         ("A", "B", 0.0),
+        (" A.\n", "A", 1.0),
+        ("A dog is nice", "A", 0.0),
+        ("What I like", "I", 0.0),
+        ("It must be (A), I think", "A", 1.0),
+        ("answer: A", "A", 1.0),
+        ("The answer is a dog, (A)", "A", 1.0),
         ("", "B", 0.0),
         ("Both", "B", 0.0),
         ("b", "B", 0.0),

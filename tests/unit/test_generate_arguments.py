@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,7 @@ from small_folders import byte_tokenizer, save_model
 from oatlite.config.schema import Config, ModelConfig
 from oatlite.data import PromptSet, load_all_prompts
 from oatlite.errors import ConfigError
-from oatlite.inference.evaluate import EvalOptions, _Side, _summary, as_json
+from oatlite.inference.evaluate import EvalOptions, _in_common, _Side, _summary, as_json
 from oatlite.inference.generate import as_given, rows
 from oatlite.inference.job import Response
 from oatlite.lora import AdapterOptions, read_adapter, write_adapter
@@ -51,13 +52,13 @@ CHAT = ("chat", "--model", "policy", "--gpus", "0")
     ("arguments", "words"),
     [
         ((*GENERATE, "--output", "there.jsonl"), "--overwrite"),
-        ((*GENERATE, "--output", "out.csv"), "out.csv.jsonl"),
+        ((*GENERATE, "--output", "out.csv"), "name it out.jsonl"),
         ((*GENERATE, "--model", "gone/"), "gone/ does not exist"),
         ((*GENERATE, "--prompts", "gone.jsonl"), "gone.jsonl"),
-        ((*GENERATE, "--prompt-key", "q"), "no column q"),
+        ((*GENERATE, "--prompt-key", "q"), "no column q; type --prompt-key COLUMN, one of: prompt"),
         ((*GENERATE, "--reference-key", "q"), "no column q"),
         ((*GENERATE, "--split", "test"), "no split test"),
-        ((*GENERATE, "--chat-template"), "data.chat_template"),
+        ((*GENERATE, "--chat-template"), "--no-chat-template"),
         ((*GENERATE, "--max-prompt-tokens", "1"), "no usable prompt"),
         ((*GENERATE, "--max-new-tokens", "127"), "128 positions"),
         ((*GENERATE, "--temperature", "0"), "greater than 0"),
@@ -65,7 +66,7 @@ CHAT = ("chat", "--model", "policy", "--gpus", "0")
         ((*GENERATE, "--greedy", "--top-k", "3"), "--top-k is for samples"),
         ((*GENERATE, "--greedy", "--num-samples", "2"), "all the same"),
         ((*GENERATE, "--num-samples", "0"), "num-samples"),
-        ((*GENERATE, "--adapter", "empty"), "no LoRA adapter"),
+        ((*GENERATE, "--adapter", "empty"), "no LoRA adapter: it has no adapter_config.json"),
         ((*GENERATE, "--gpus", "1"), "--gpus 0"),
         ((*GENERATE, "--set", "oracle.max_tokens=3"), "nothing that this command reads"),
         ((*GENERATE, "--set", "placement.actors=3"), "nothing that this command reads"),
@@ -102,6 +103,17 @@ def test_a_mistake_is_one_line(
     assert not Path("out.jsonl").exists() and not list(Path().glob(".out*"))
 
 
+def test_what_is_worth_saying_of_an_oracle_is_said_before_anything_starts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    save_model(Path("chatty"), reward=True, tokenizer=byte_tokenizer(chat=True))
+    capsys.readouterr()
+    assert main([*EVAL, "--oracle", "chatty", "--max-new-tokens", "8"]) == 2  # for want of a reference
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and told[0].startswith("the reward model chatty has a chat template, and reads plain text")
+
+
 def prompt_set(*texts: str, references: list[str] | None = None) -> PromptSet:
     return PromptSet(
         texts=list(texts),
@@ -111,6 +123,17 @@ def prompt_set(*texts: str, references: list[str] | None = None) -> PromptSet:
         rows=np.arange(len(texts)) * 10,
         num_dropped=0,
     )
+
+
+def test_two_models_are_compared_on_the_rows_that_both_have_room_for() -> None:
+    ours, theirs = prompt_set("a", "b", "c"), prompt_set("A", "B", "C")
+    ours = dataclasses.replace(ours.select([0, 2]), num_dropped=1)
+    theirs = dataclasses.replace(theirs.select([1, 2]), num_dropped=4)
+    mine, other = _in_common(ours, theirs)
+    assert (mine.texts, other.texts) == (["c"], ["C"]) and mine.rows.tolist() == other.rows.tolist() == [20]
+    assert mine.num_dropped == 4
+    with pytest.raises(ConfigError, match="no prompt fits both models; raise --max-prompt-tokens"):
+        _in_common(ours.select([0]), theirs)
 
 
 def response(sample: int, text: str) -> Response:

@@ -22,6 +22,7 @@ HUGGING_FACE = frozenset({"torch", "transformers", "datasets"})
 MAY_LOAD: dict[str, frozenset[str]] = {
     # By the longest prefix that fits: the heavy packages that importing a module may bring in.
     "oatlite": frozenset(),
+    "oatlite.algorithm_checks": frozenset(),
     "oatlite.algorithms": TORCH,
     "oatlite.checkpoint": frozenset(),
     "oatlite.config": frozenset(),
@@ -36,17 +37,24 @@ MAY_LOAD: dict[str, frozenset[str]] = {
     "oatlite.engine": frozenset({"vllm", "torch", "transformers", "zmq"}),
     "oatlite.errors": frozenset(),
     "oatlite.finetuning": HUGGING_FACE,
+    "oatlite.fingerprints": frozenset(),
     "oatlite.fitting": TORCH,
+    "oatlite.gpu_shares": frozenset(),
     "oatlite.hardware": frozenset(),
     "oatlite.inference": HUGGING_FACE,
+    "oatlite.interrupts": frozenset(),
     "oatlite.launcher": frozenset(),
+    "oatlite.layout_choice": frozenset({"torch", "transformers"}),
+    "oatlite.layouts": TORCH,
     "oatlite.leftovers": frozenset(),
     "oatlite.loading": frozenset(),
     "oatlite.lora": TORCH,
     "oatlite.maths": TORCH,
+    "oatlite.memory": frozenset(),
     "oatlite.messages": frozenset(),
     "oatlite.metrics": frozenset(),
     "oatlite.model_checks": frozenset(),
+    "oatlite.model_size": frozenset(),
     "oatlite.models": frozenset({"torch", "transformers"}),
     "oatlite.next_token": TORCH,
     "oatlite.oracle_checks": frozenset(),
@@ -56,16 +64,20 @@ MAY_LOAD: dict[str, frozenset[str]] = {
     "oatlite.plots": frozenset(),
     "oatlite.preferences": frozenset({"datasets"}),
     "oatlite.preflight": frozenset(),
+    "oatlite.quiet": HUGGING_FACE,
     "oatlite.reaper": frozenset(),
     "oatlite.resuming": frozenset(),
     "oatlite.reward_loss": HUGGING_FACE,
     "oatlite.reward_modeling": HUGGING_FACE,
+    "oatlite.roles": frozenset(),
+    "oatlite.run": frozenset({"zmq"}),
     "oatlite.run_folder": frozenset(),
     "oatlite.seeds": frozenset(),
     "oatlite.samplers": frozenset(),
     "oatlite.sampling": frozenset(),
     "oatlite.shared_attention": TORCH,
     "oatlite.sources": frozenset(),
+    "oatlite.stacks": frozenset(),
     "oatlite.supervised": HUGGING_FACE,
     "oatlite.supervisor": frozenset({"zmq"}),
     "oatlite.testing": HEAVY - {"vllm", "deepspeed", "wandb", "trl"},
@@ -95,7 +107,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "metrics": frozenset({"errors", "config"}),
     "algorithms": frozenset({"errors", "loading", "maths", "config", "messages"}),
 }
-MAY_IMPORT_WORKERS = frozenset({"workers", "supervisor", "launcher", "testing"})
+MAY_IMPORT_WORKERS = frozenset({"workers", "supervisor", "roles", "launcher", "testing"})
 AT_PARSE_TIME = frozenset({"config", "metrics", "errors", "hardware"})
 
 
@@ -249,14 +261,7 @@ def _baseline(module: str) -> tuple[str, ...]:
     return ("pydantic", "numpy", "typer.main", "rich.live", *heavy)
 
 
-def _cases() -> Iterator[object]:
-    for module in modules():
-        if not module.endswith("__main__"):
-            marks = [pytest.mark.slow] if "transformers" in allowed(module) else []
-            yield pytest.param(module, marks=marks)
-
-
-@pytest.mark.parametrize("module", list(_cases()))
+@pytest.mark.parametrize("module", [module for module in modules() if not module.endswith("__main__")])
 def test_a_module_alone_loads_what_it_may(module: str) -> None:
     loaded = loaded_by(_baseline(module))[module]
     assert isinstance(loaded, list), loaded

@@ -56,8 +56,8 @@ def judge_at(fake: FakeJudgeServer | str, *, seed: int = 0, deadline_s: float = 
 
 
 def shown_first(body: dict[str, Any]) -> str:
-    """The answer that a question in the shape of the template for summaries shows first."""
-    found = re.search(r"<summary_a>\n(.*)\n</summary_a>", body["messages"][0]["content"], re.DOTALL)
+    """The answer that a question in the shape of the general template shows first."""
+    found = re.search(r"<reply_a>\n(.*)\n</reply_a>", body["messages"][0]["content"], re.DOTALL)
     assert found is not None
     return found[1]
 
@@ -193,7 +193,7 @@ def test_a_verdict_that_cannot_be_read_is_not_valid(wrote: str | None, caplog: p
         for _ in range(2):
             verdicts = checked(judge.compare(["p"] * 5, list("abcde"), ["x"] * 5), 5)
     assert not verdicts.is_valid.any()
-    assert (judge.num_unreadable, judge.num_failures) == (13, 0)
+    assert judge.num_failures == 0
     assert len(fake.asked) == 26, "none is asked again"
     (warning,) = warnings_of(caplog, "no verdict of the judge tiny")
     assert repr(wrote or "") in warning and "judge.max_tokens" in warning
@@ -207,17 +207,15 @@ def test_pairs_that_are_too_long_say_nothing_of_the_others(caplog: pytest.LogCap
     with serving(answer) as fake:
         judge = judge_at(fake)
         judge.compare(["LENGTHY", *"pqrs"], ["a"] * 5, ["b"] * 5)
-    assert (judge.num_too_long, judge.num_unreadable) == (1, 4)
+    assert warnings_of(caplog, "1 of 5 pairs are too long") and warnings_of(caplog, "4 of 5 verdicts cannot be read")
     (warning,) = warnings_of(caplog, "no verdict of the judge tiny")
     assert "'Hm'" in warning
 
 
 def test_where_one_order_cannot_be_read_the_pair_is_not_valid() -> None:
     with serving(lambda body: completion("A" if shown_first(body) == "red" else "?")) as fake:
-        judge = judge_at(fake)
-        verdicts = judge.compare([*PAIR[0], "p"], [*PAIR[1], "same"], [*PAIR[2], "same"])
+        verdicts = judge_at(fake).compare([*PAIR[0], "p"], [*PAIR[1], "same"], [*PAIR[2], "same"])
     assert verdicts.is_valid.tolist() == [False, True]
-    assert judge.num_unreadable == 1
 
 
 def test_little_mass_on_either_answer_is_no_verdict() -> None:
@@ -355,7 +353,7 @@ def test_a_question_that_is_too_long_is_not_valid_and_counted(
         judge = judge_at(fake, template="general")
         verdicts = judge.compare(["LENGTHY", "p", "LENGTHY", "p"], list("abcd"), ["x"] * 4)
     assert verdicts.is_valid.tolist() == [False, True, False, True]
-    assert (judge.num_too_long, judge.num_unreadable, judge.num_failures) == (2, 0, 0)
+    assert judge.num_failures == 0 and not warnings_of(caplog, "cannot be read")
     assert warnings_of(caplog, "2 of 4 pairs are too long for the judge")
 
 
@@ -458,7 +456,8 @@ def test_forged_log_probabilities_are_refused(logprob: str, short_pauses: None) 
 
 def test_the_templates_that_come_along_hold_all_places() -> None:
     assert template_names() == ["general", "summaries"]
-    assert load_template(None) == load_template("summaries") != load_template("general")
+    assert JudgeConfig().template == "general", "prompts may ask for anything"
+    assert load_template("summaries") != load_template("general")
     for name in template_names():
         text = load_template(name)
         assert [text.count(place) for place in ("{prompt}", "{first}", "{second}")] == [1, 1, 1]
@@ -505,19 +504,11 @@ def test_a_template_that_cannot_be_used_is_refused(content: bytes | None, words:
         ("https://api.example.com/v1", {}, "api.example.com wants a key, .* OPENAI_API_KEY is not set; export OPENAI"),
         ("https://api.example.com/v1", {"key_env": "MY_KEY"}, "MY_KEY is not set"),
         ("http://10.0.0.1:8000/v1", {}, "10.0.0.1 wants a key"),
-        ("https://me:secret@api.example.com/v1", {}, "judge.url holds a password"),
-        ("http://127.0.0.1:port/v1", {}, "judge.url = http://127.0.0.1:port/v1 is no web address"),
     ],
 )
 def test_what_is_missing_is_told_at_once(url: str, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(ConfigError, match=words):
         judge_at(url, **options)
-    assert "secret" not in str(caught.value)
-
-
-def test_a_judge_needs_a_name() -> None:
-    with pytest.raises(ConfigError, match="its model is not named; add --judge-model NAME"):
-        JudgeOracle(JudgeConfig(url="http://127.0.0.1:9/v1"), seed=0, deadline_s=1)
 
 
 @pytest.mark.parametrize("url", ["http://localhost:9/v1", "http://127.8.0.1:9/v1/", "http://[::1]:9/v1"])

@@ -53,6 +53,12 @@ def read(name: str = "out.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(name).read_text().splitlines()]
 
 
+def test_an_empty_answer_is_judged_and_one_that_is_missing_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--data", write(pair("", "b"), pair(None, "b"), pair("", ""))) == 0
+    assert [(row["chosen"], row["rejected"], row["margin"]) for row in read()] == [("b", "", 1.0)]
+    assert "1 without a text" in capsys.readouterr().out
+
+
 def test_the_better_answer_is_chosen_and_the_rest_counted(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [pair("aaa", "b"), pair("a", "bb"), pair("a?", "b"), pair("ab", "cd"), pair("a", "a"), pair(None, "b")]
     assert run("--data", write(*rows)) == 0
@@ -129,6 +135,7 @@ def test_conversations_are_prompts_too() -> None:
         (("--oracle", "judge.py:nothing"), "judge.py has no nothing"),
         (("--oracle", "judge.py:score", "--set", "learner.lr=1"), "nothing that this command reads"),
         (("--oracle", "judge.py:score", "--first-key", "z"), "no column z; its columns are prompt, response_a"),
+        (("--oracle", "judge.py:score", "--first-key", "response_b"), "both answers are of the column response_b"),
         (("--oracle", "judge.py:score", "--reference-key", "z"), "no column z"),
         (("--oracle", "judge.py:score", "--feedback", "loud"), "feedback"),
         (("--oracle", "judge.py:score", "--flip-prob", "2"), "at most 1"),
@@ -201,7 +208,7 @@ def options(data: str, **more: Any) -> LabelOptions:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (pair("", "b"), "no row with a prompt and two answers"),
+        (pair("a", "b") | {"response_a": None}, "no row with a prompt and two answers"),
         (sampled(0, 0, "x"), "generate --num-samples 2"),
         ({"prompt": "p", "response_a": 1, "response_b": 2}, "no text"),
         (pair("a", "b") | {"prompt": [1, 2]}, "neither text nor lists of messages"),

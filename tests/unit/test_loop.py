@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from oatlite.algorithms import ALGORITHMS, build_algorithm
-from oatlite.algorithms.base import Algorithm
+from oatlite.algorithms.base import Algorithm, Duel, Needs
 from oatlite.config.algorithms import ALGORITHM_CONFIGS, AlgorithmConfig, CustomAlgorithmConfig, DPOConfig, SimPOConfig
 from oatlite.config.schema import Config
-from oatlite.errors import ConfigError, OracleError
-from oatlite.models import ForwardBatch, TokenPair
+from oatlite.errors import ConfigError, OracleError, WorkerDied
+from oatlite.layouts import ForwardBatch, TokenPair
 from oatlite.oracles.base import PreferenceOracle, Verdicts
-from oatlite.testing import BigramPolicy, FunctionOracle, InMemoryTrainer, rehearse
+from oatlite.testing import BigramPolicy, FunctionOracle, InMemoryActors, InMemoryTrainer, rehearse
 from oatlite.workers.buffer import TrainingPair
 from oatlite.workers.update import Layout, Updater
 
@@ -83,6 +86,53 @@ def test_restored_behaviour_is_what_was_there_before_the_evaluation() -> None:
     assert _without_perf(often.journal.of("step")) == _without_perf(never.journal.of("step"))
     assert [record["policy_version"] for record in often.journal.of("step")] == [0] * 4 + [4] * 4
     assert [record["staleness"] for record in often.journal.of("step")] == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_the_last_samples_before_a_sync_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, bool]] = []
+    generate = InMemoryActors.generate
+
+    def noted(self: InMemoryActors, *arguments: Any, is_last_of_version: bool = False) -> Any:
+        told.append((self.policy_version, is_last_of_version))
+        self.sleep_s, self.wake_s = self.sleep_s + 1.5, self.wake_s + 0.5
+        return generate(self, *arguments, is_last_of_version=is_last_of_version)
+
+    monkeypatch.setattr(InMemoryActors, "generate", noted)
+    run = rehearse(algorithm(), share_of_e, steps=4, sync_every=2, settings={"eval": {"every": 100}})
+    evaluated, steps = [(0, False), (4, False)], [(0, False), (0, True), (2, False), (2, True)]
+    assert told == [evaluated[0], *steps, evaluated[1]]
+    spent = [(record["perf"]["sleep_s"], record["perf"]["wake_s"]) for record in run.journal.of("step")]
+    assert spent == [(3.0, 1.0)] + [(1.5, 0.5)] * 3, "the first with that of the evaluation before it"
+
+
+@pytest.mark.parametrize("other_lr", [0.1, 0.1001])
+def test_ranks_whose_policies_are_no_longer_the_same_end_the_run(
+    other_lr: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that are threads; the second one may have learned with another rate."""
+    met, values = threading.Barrier(2, timeout=30), dict[int, float]()
+
+    def maximum(trainer: InMemoryTrainer, value: float) -> float:
+        values[threading.get_ident()] = value
+        met.wait()
+        largest = max(values.values())
+        met.wait()
+        return largest
+
+    monkeypatch.setattr(InMemoryTrainer, "maximum", maximum)
+    with ThreadPoolExecutor(2) as ranks:
+        ends = [
+            ranks.submit(
+                rehearse, algorithm(), share_of_e, steps=3, lr=lr, sync_every=2, settings={"eval": {"every": 3}}
+            )
+            for lr in (0.1, other_lr)
+        ]
+    for end in ends:
+        if other_lr == 0.1:
+            assert len(end.result().journal.of("step")) == 3
+        else:
+            with pytest.raises(WorkerDied, match="the learner's ranks hold weights 2 that are not the same"):
+                end.result()
 
 
 def test_the_same_seed_repeats_and_another_does_not() -> None:
@@ -186,6 +236,31 @@ def test_a_selection_of_more_pairs_than_prompts_is_refused() -> None:
         rehearse(Greedy(SIMPO), share_of_e, steps=1)
 
 
+def test_a_selection_sees_what_the_reference_makes_of_every_candidate() -> None:
+    """By hand: the initial policy's log-probabilities, letter by letter; three candidates, whose last has no pair."""
+    initial = BigramPolicy(seed=0).logits.detach().log_softmax(-1).double().numpy()
+    seen: list[float] = []
+
+    class Implicit(type(algorithm())):  # type: ignore[misc]
+        needs = Needs(reference_scores=True)
+
+        def sampling_plan(self):  # type: ignore[no-untyped-def]
+            return ("policy",) * 3
+
+        def select(self, candidates, scores, rng):  # type: ignore[no-untyped-def]
+            assert list(scores) == ["reference"] and scores["reference"].shape == (len(candidates), 3)
+            for m, one in enumerate(candidates):
+                for n, found in enumerate(one.candidates):
+                    before = [int(one.prompt_tokens[-1]), *found.tokens[:-1].tolist()]
+                    expected = sum(initial[b, a] for b, a in zip(before, found.tokens.tolist(), strict=True))
+                    assert scores["reference"][m, n] == pytest.approx(expected, abs=1e-4)
+                    seen.append(float(found.logprobs.sum()) - expected)
+            return [Duel(m, 1, 2) for m in range(len(candidates))]
+
+    run = rehearse(Implicit(SIMPO), share_of_e, steps=3)
+    assert len(run.journal.pairs) == 3 * 32 and np.abs(seen[: 32 * 3]).max() < 1e-4 < 1e-2 < np.abs(seen).max()
+
+
 def test_a_step_without_a_usable_verdict_trains_on_nothing() -> None:
     run = rehearse(algorithm(), lambda prompt, response: 0.0, steps=3)
     for record in run.journal.of("step"):
@@ -216,6 +291,31 @@ def test_pairs_without_a_verdict_carry_no_weight() -> None:
     for record in run.journal.of("step"):
         assert 0 < record["trained_pairs"] < 32
         assert record["trained_pairs"] + record["unusable_pairs"] == 32
+        pairs = [pair for pair in run.journal.pairs if pair["step"] == record["step"]]
+        blind = [pair for pair in pairs if pair["prompt"] >= "n" and pair["chosen"] != pair["rejected"]]
+        assert record["without_verdict"] == len(blind) > 0
+
+
+def test_requests_that_failed_and_were_made_again_are_counted_of_steps_and_of_evaluations() -> None:
+    class FailsThrice(FunctionOracle):
+        num_failures = 0
+
+        def compare(self, *arguments):  # type: ignore[no-untyped-def]
+            self.num_failures += 3
+            return super().compare(*arguments)
+
+    run = rehearse(algorithm(), share_of_e, steps=2, oracle=FailsThrice(share_of_e))
+    assert [record["perf"]["oracle_failures"] for record in run.journal.records] == [3] * 5
+    best = rehearse(
+        algorithm(), share_of_e, steps=1, oracle=FailsThrice(share_of_e), settings={"eval": {"best_of_n": 4}}
+    )
+    assert [record["perf"]["oracle_failures"] for record in best.journal.of("eval")] == [9, 9], "two rounds, a verdict"
+    online = rehearse(
+        algorithm(), share_of_e, steps=1, oracle=FailsThrice(share_of_e), settings={"eval": {"online": True}}
+    )
+    assert [record["perf"]["oracle_failures"] for record in online.journal.of("step")] == [6], "and of both sides"
+    quiet = rehearse(algorithm(), share_of_e, steps=1)
+    assert all("oracle_failures" not in record["perf"] for record in quiet.journal.records)
 
 
 def test_an_oracle_that_answers_nonsense_stops_the_run() -> None:
@@ -282,7 +382,8 @@ def test_the_best_of_several_samples_is_judged_on_request() -> None:
 
     one, many = evals(1), evals(16)
     assert many[0]["reward"] > one[0]["reward"] + 0.2  # type: ignore[operator]
-    assert [record["queries"] for record in many] == [record["queries"] for record in one], "they are no queries"
+    assert [record["queries"] for record in many] == [record["queries"] for record in one], "they are not training's"
+    assert [record["eval_queries"] for record in (*one, *many)] == [26] * len(one) + [16 * 26] * len(many)
     plain = rehearse(algorithm(), share_of_e, steps=4).journal.of("eval")
     assert _without_perf(one) == _without_perf(plain), "one is the greedy response, whatever the temperature"
 
@@ -332,6 +433,31 @@ def test_training_responses_are_judged_against_the_references_on_request() -> No
     assert rates[-1] > rates[0]
 
 
+def test_a_training_response_that_equals_its_reference_is_a_draw_and_the_seconds_of_judging_it_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class FirstPlace(PreferenceOracle):
+        def compare(self, prompts, first, second, references=None):  # type: ignore[no-untyped-def]
+            return Verdicts(first_win=np.ones(len(prompts), np.float32), is_valid=np.ones(len(prompts), bool))
+
+    compare = InMemoryActors.compare
+
+    def slow(self: InMemoryActors, *arguments: Any, purpose: Any = "train") -> Any:
+        return compare(self, *arguments, purpose=purpose)[0], 2.0 if purpose == "eval" else 0.5
+
+    monkeypatch.setattr(InMemoryActors, "compare", slow)
+    settings = {"eval": {"online": True}, "sampling": {"max_new_tokens": 1}}
+    run = rehearse(algorithm(), share_of_e, steps=4, oracle=FirstPlace(), settings=settings, training_reference="e")
+    num_draws = 0
+    for record in run.journal.of("step"):
+        pairs = [pair for pair in run.journal.pairs if pair["step"] == record["step"]]
+        is_draw = [pair[side] == "e" for pair in pairs for side in ("chosen", "rejected")]
+        assert record["online_win_rate"] == pytest.approx(1 - np.mean(is_draw) / 2)
+        assert record["perf"]["score_s"] == 2.5
+        num_draws += sum(is_draw)
+    assert num_draws > 0
+
+
 def test_label_noise_turns_the_stated_share_around_and_nothing_else() -> None:
     clean = rehearse(algorithm(), share_of_e, steps=1, prompts_per_step=512)
     noisy = rehearse(algorithm(), share_of_e, steps=1, prompts_per_step=512, settings={"oracle": {"flip_prob": 0.3}})
@@ -373,7 +499,7 @@ def test_exploration_chooses_among_candidates_and_the_head_learns(rule: str) -> 
     assert np.mean(accuracies[-5:]) > 0.7 and accuracies[0] < 0.75, "told before it learns from a comparison"
     assert steps[-1]["head/loss"] < steps[0]["head/loss"] - 0.1
     assert steps[-1]["head/pull"] == pytest.approx(0.5 * 128 / steps[-1]["queries"])
-    assert "encode 192" in run.calls
+    assert ("encode 64" if rule == "passive" else "encode 192") in run.calls
     first, last = run.journal.of("eval")[0], run.journal.of("eval")[-1]
     assert last["win_rate"] > first["win_rate"] + 0.25
     again = rehearse(algorithm(DPO), share_of_e, steps=3, settings={"explore": {"rule": rule, **EXPLORE}})
@@ -418,6 +544,15 @@ def test_the_head_labels_its_own_pairs_after_the_burn_in_and_at_no_query() -> No
         assert all(pair["win_probability"] == 1 and not pair.get("is_flipped") for pair in own)
     right = [share_of_e("", p["chosen"]) >= share_of_e("", p["rejected"]) for p in pairs if p.get("is_self_labelled")]
     assert np.mean(right) > 0.85
+
+
+def test_a_budget_of_queries_with_own_labels_is_spent_exactly_and_in_as_many_steps_as_planned() -> None:
+    """24 letters long, answers differ: every query is one. 2 x 32 in the burn-in, then 16 a step, at last 7."""
+    explore = {"rule": "sea-ee", "self_label_ratio": 0.5, "burn_in": 2, **EXPLORE}
+    settings = {"explore": explore, "data": {"max_queries": 103}, "sampling": {"max_new_tokens": 24}}
+    run = rehearse(algorithm(DPO), share_of_e, steps=20, settings=settings)
+    assert [record["queries"] for record in run.journal.of("step")] == [32, 64, 80, 96, 103]
+    assert [sum(pair["step"] == step for pair in run.journal.pairs) for step in (3, 5)] == [32, 14]
 
 
 def test_active_preference_learning_asks_where_the_policy_is_unsure_about_what_it_tells_apart() -> None:
@@ -480,7 +615,7 @@ def test_the_reference_of_dpo_is_the_initial_policy() -> None:
     [
         (f"{EXAMPLE}:Nothing", {}, "has no Nothing"),
         (f"{EXAMPLE}:FarApartOptions", {}, "is not an Algorithm"),
-        (f"{EXAMPLE}:FarApart", {"margn": 1}, "margn"),
+        (f"{EXAMPLE}:FarApart", {"margn": 1}, "did you mean algorithm.options.margin"),
         (f"{EXAMPLE}:FarApart", {"margin": "wide"}, "margin"),
         ("nowhere.py:FarApart", {}, "does not exist"),
     ],

@@ -30,9 +30,10 @@ from transformers import AutoModelForCausalLM
 from trl.experimental import cpo
 
 from oatlite.algorithms.base import averages, sums
+from oatlite.layouts import TokenPair, lay_out
 from oatlite.maths import losses
 from oatlite.maths.pairs import ResponseLogprobs
-from oatlite.models import PairModel, TokenPair, lay_out
+from oatlite.models import PairModel
 
 PAIRS = [
     ("How long?", " Very, so.", " Not."),

@@ -1,6 +1,7 @@
 """Messages: what goes in comes out, and nothing that breaks a declared limit comes out at all."""
 
 import dataclasses
+import json
 import random
 import re
 import tracemalloc
@@ -68,6 +69,7 @@ EXAMPLES = {
             prompt_lengths=i32(1, 2),
             seeds=np.array([0, 1, 2**64 - 1, 3], np.uint64),
             samplers=["policy", "policy"],
+            is_last_of_version=True,
             temperature=1.0,
             top_p=0.9,
             top_k=0,
@@ -84,6 +86,8 @@ EXAMPLES = {
             is_finished=np.array([False, True]),
             texts=["ü", "b"],
             generate_s=0.25,
+            sleep_s=0.125,
+            wake_s=0.5,
         ),
         CompareRequest(
             run_id=RUN,
@@ -629,3 +633,34 @@ def test_the_scan_finds_what_it_looks_for(line):
 )
 def test_the_scan_leaves_other_lines_alone(line):
     assert not FORBIDDEN.search(line)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "why"),
+    [
+        ("note", "{", "not JSON"),
+        ("note", "[" * 100_000, "not JSON"),
+        ("note", '"words"', "no object"),
+        ("note", "{}", "without text"),
+        ("note", '{"text": 1}', "without text"),
+        ("pair", "[]", "no object"),
+        ("step", "{}", "another kind"),
+        ("summary", '{"kind": "step"}', "another kind"),
+        ("step", '{"kind": "step"}', "no step"),
+        ("eval", '{"kind": "eval", "step": "1"}', "no step"),
+        ("step", '{"kind": "step", "step": 1, "perf": 2}', "perf"),
+    ],
+)
+def test_a_record_that_does_not_say_what_its_kind_promises_is_malformed(kind, body, why):
+    with pytest.raises(MalformedMessage, match=why):
+        Record(run_id=RUN, kind=kind, body=body).content()
+
+
+def test_a_record_says_what_was_written():
+    for kind, content in (
+        ("note", {"text": "words"}),
+        ("pair", {"prompt": "p"}),
+        ("step", {"kind": "step", "step": 1, "perf": {"step_s": 1.0}}),
+        ("summary", {"kind": "summary"}),
+    ):
+        assert Record(run_id=RUN, kind=kind, body=json.dumps(content)).content() == content

@@ -134,12 +134,16 @@ FAKE_WANDB = """
         model_fields = {"silent": None}
         def __init__(self, **given): pass
 
-    def init(*, project, name, dir, config, settings, mode=None):
+    def init(*, project, name, dir, config, settings, mode=None, **resumed):
         behaviour = os.environ["FAKE_WANDB"]
         if behaviour == "hangs": time.sleep(600)
         if behaviour == "fails": raise RuntimeError("no\\nway")
         if behaviour == "refuses" and mode != "offline": raise ConnectionError("unreachable")
-        return Run(os.path.join(dir, "log.json"), [dict(project=project, name=name, config=config, mode=mode)])
+        if behaviour == "is silent":
+            with open(os.path.join(dir, "starts"), "a") as file: print(mode, file=file)
+            time.sleep(2.5 if mode == "offline" else 600)
+        told = dict(project=project, name=name, config=config, mode=mode, **resumed)
+        return Run(os.path.join(dir, "log.json"), [told])
 
     class Run:
         def __init__(self, path, log):
@@ -179,6 +183,16 @@ def test_wandb_gets_every_record(fake_wandb: Path, monkeypatch: pytest.MonkeyPat
     ]
 
 
+def test_a_resumed_run_goes_on_in_wandb_too(fake_wandb: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_WANDB", "works")
+    before = fake_wandb / "wandb" / "offline-run-20261127_010203-a1b2c3d4"
+    before.mkdir(parents=True)
+    (before.parent / "latest-run").symlink_to(before.name)
+    _log_to_wandb(fake_wandb, [], 30).close()
+    started = json.loads((fake_wandb / "log.json").read_text())[0]
+    assert (started["id"], started["resume"]) == ("a1b2c3d4", "allow")
+
+
 @pytest.mark.fault("20")
 @pytest.mark.parametrize(
     ("behaviour", "close_s", "words"), [("hangs", 1, "within 1 s"), ("fails", 30, "no way"), ("refuses", 30, "offline")]
@@ -209,16 +223,29 @@ def test_a_backlog_for_wandb_is_dropped_with_one_warning(fake_wandb: Path, monke
 
 
 def test_the_wandb_process_ends_with_its_input(fake_wandb: Path) -> None:
-    start = json.dumps({"project": "p", "name": "n", "dir": str(fake_wandb), "config": {}, "close_s": 0.2})
+    start = {"project": "p", "name": "n", "dir": str(fake_wandb), "config": {}, "learner": os.getpid(), "close_s": 0.2}
     done = subprocess.run(
         [sys.executable, "-m", "oatlite.metrics.wandb_process"],
-        input=start + "\n",
+        input=json.dumps(start) + "\n",
         text=True,
         env=os.environ | {"FAKE_WANDB": "hangs"},
         timeout=60,
         check=False,
     )
     assert done.returncode == 1
+
+
+def test_wandb_is_started_once_more_and_not_twice(fake_wandb: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, where starting takes longer than what is waited for a server at the end."""
+    monkeypatch.setenv("FAKE_WANDB", "is silent")
+    warnings: list[str] = []
+    sink = _log_to_wandb(fake_wandb, warnings, 10)
+    for step in range(500):
+        sink.write({"kind": "step", "step": step, "loss": 0.5})
+    sink.close()
+    assert (fake_wandb / "starts").read_text().split() == ["None", "offline"]
+    assert len(warnings) == 1 and "kept offline" in warnings[0]
+    assert len(json.loads((fake_wandb / "log.json").read_text())) == 504
 
 
 def test_names_in_wandb_are_grouped() -> None:

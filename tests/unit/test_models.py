@@ -1,26 +1,18 @@
 """Policies: the pair forward against one sequence at a time, who may share a prompt, and the folder that is written."""
 
 import json
-import logging
 
 import numpy as np
 import pytest
 import torch
 from small_folders import VOCAB_SIZE, byte_tokenizer, config_of, save_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, PhiConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
 
 from oatlite import models
 from oatlite.errors import ConfigError
-from oatlite.models import (
-    PairModel,
-    TokenPair,
-    checkpoint_gradients,
-    choose_layout,
-    lay_out,
-    load_policy,
-    save_policy,
-)
+from oatlite.layouts import TokenPair, lay_out
+from oatlite.models import PairModel, checkpoint_gradients, load_policy, save_policy
 
 CPU = torch.device("cpu")
 PAD = 2
@@ -178,106 +170,6 @@ def test_a_response_without_a_token_has_no_logprobs():
             )
 
 
-# --------------------------------------------------------------------------- which layout
-
-
-def fake_that_ignores_masks(model):
-    """Make a model take a 4-D mask and do as if it were not there."""
-    forward = model.base_model.forward
-
-    def ignore(*inputs, attention_mask=None, **named):
-        is_shared = attention_mask is not None and attention_mask.ndim == 4
-        return forward(*inputs, attention_mask=None if is_shared else attention_mask, **named)
-
-    model.base_model.forward = ignore
-    return model
-
-
-def fake_that_refuses_masks(model):
-    """Make a model fail at a 4-D mask, as some hand-written kernels do."""
-    forward = model.base_model.forward
-
-    def refuse(*inputs, attention_mask=None, **named):
-        if attention_mask is not None and attention_mask.ndim == 4:
-            raise ValueError("expected a mask of two dimensions\nand more")
-        return forward(*inputs, attention_mask=attention_mask, **named)
-
-    model.base_model.forward = refuse
-    return model
-
-
-class FakeHead(nn.Linear):
-    """An output head after which the model changes the logits."""
-
-    def __init__(self, head, change):
-        super().__init__(head.in_features, head.out_features, bias=False)
-        self.weight = head.weight
-        self.change = change
-
-    def forward(self, hidden):
-        return self.change(super().forward(hidden))
-
-
-def layout_of(model, dtype=torch.float32, longest=(40, 20)):
-    return choose_layout(PairModel(model.to(dtype)), VOCAB_SIZE, PAD, CPU, longest=longest)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("initializer_range", [0.02, 0.2])
-def test_a_model_that_takes_the_mask_shares_prompts(family, dtype, initializer_range, caplog):
-    with caplog.at_level(logging.WARNING, logger=models.log.name):
-        assert layout_of(language_model(family, initializer_range=initializer_range), dtype) == "shared"
-    assert caplog.records == []
-
-
-def test_a_model_whose_attention_cannot_be_replaced_is_given_a_whole_mask():
-    model = language_model("llama")
-    model.set_attn_implementation("eager")
-    assert layout_of(model) == "masked"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("initializer_range", [0.02, 0.2])
-def test_a_model_that_ignores_the_mask_does_not_share_and_the_log_says_so(family, initializer_range, caplog):
-    model = fake_that_ignores_masks(language_model(family, initializer_range=initializer_range))
-    assert layout_of(model) == "plain"
-    (record,) = caplog.records
-    assert "log-probabilities differ by" in record.message and type(model).__name__ in record.message
-
-
-SMALL = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 256,
-    "pad_token_id": PAD,
-}
-
-
-def windowed_model(family):
-    torch.manual_seed(0)
-    if family == "mistral":
-        return AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=32))
-    kinds = ["sliding_attention", "full_attention"]
-    return AutoModelForCausalLM.from_config(
-        Qwen2Config(**SMALL, sliding_window=32, use_sliding_window=True, layer_types=kinds)
-    )
-
-
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_model_with_a_window_shares_as_long_as_rows_fit_into_it(family, dtype, caplog):
-    model = windowed_model(family)
-    assert layout_of(model, dtype, longest=(20, 5)) == "shared"
-    assert layout_of(model, dtype, longest=(60, 20)) == "plain"
-    assert "log-probabilities differ by" in caplog.records[-1].message
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointed_gradients_are_the_same_and_every_layer_runs_twice(family):
     model, pairs = language_model(family), random_pairs(RAGGED)
@@ -291,31 +183,14 @@ def test_checkpointed_gradients_are_the_same_and_every_layer_runs_twice(family):
     assert len(calls) == 2
 
 
-def test_a_model_that_refuses_the_mask_does_not_share_and_the_log_says_why(caplog):
-    assert layout_of(fake_that_refuses_masks(language_model("llama"))) == "plain"
-    (record,) = caplog.records
-    assert "expected a mask of two dimensions" in record.message and "and more" not in record.message
-
-
-CHANGED_LOGITS = {
-    "a sixteenth": lambda logits: logits / 16,
-    "three times": lambda logits: logits * 3,
-    "capped low": lambda logits: torch.tanh(logits),
-    "a tenth more": lambda logits: logits * 1.1,
-    "capped high": lambda logits: torch.tanh(logits / 30) * 30,
-}
-
-
-@pytest.mark.parametrize(
-    "change",
-    list(CHANGED_LOGITS),
-)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_that_changes_its_logits_is_refused(family, change):
-    model = language_model(family)
-    model.set_output_embeddings(FakeHead(model.get_output_embeddings(), CHANGED_LOGITS[change]))
-    with pytest.raises(ConfigError, match="output head times its last hidden state"):
-        layout_of(model)
+@pytest.mark.parametrize("sizes", [RAGGED, LONG], ids=["ragged", "long"])
+def test_a_mask_by_blocks_gives_the_same(family, sizes):
+    """FlexAttention has no backward pass on a CPU, and is not compiled here: what is shown is the mask."""
+    model, pairs = language_model(family, torch.float64), random_pairs(sizes)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        actual = PairModel(model)(lay_out(pairs, "flex", PAD, CPU))
+        torch.testing.assert_close(actual, one_by_one(model, pairs), atol=1e-6, rtol=1e-6)
 
 
 # --------------------------------------------------------------------------- folders

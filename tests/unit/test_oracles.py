@@ -1,14 +1,17 @@
 """Oracles: Bradley-Terry, what is checked of an answer, and a reward model that scores alike alone and in a batch."""
 
+import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from small_folders import byte_tokenizer, save_model
-from transformers import AutoModelForSequenceClassification
+from small_folders import VOCAB_SIZE, byte_tokenizer, save_model
+from small_pairrm import save_pairrm
+from transformers import AutoModelForSequenceClassification, DebertaV2Config, RobertaConfig
 
-from oatlite.config.schema import Config, OracleConfig
+from oatlite.config.schema import Config, ModelConfig, OracleConfig
 from oatlite.errors import ConfigError, OracleError
 from oatlite.oracles import RewardOracle, Verdicts, build_oracle, checked, draw_verdicts, trainable_pairs
 from oatlite.oracles.reward_model import RewardModelOracle, check_reward_model
@@ -58,6 +61,17 @@ def verdicts_of(first_win, is_valid=None, **scores):
     valid = np.ones(len(first_win), bool) if is_valid is None else np.array(is_valid)
     arrays = {name: np.array(value, np.float32) for name, value in scores.items()}
     return Verdicts(first_win=np.array(first_win, np.float32), is_valid=valid, **arrays)
+
+
+def test_joined_verdicts_have_rewards_only_where_all_parts_have_them():
+    scored = verdicts_of([0.9, 0.5], [True, False], first_scores=[2.0, np.nan], second_scores=[1.0, 0.0])
+    alone = dataclasses.replace(verdicts_of([0.25]), num_failures=3)
+    both, mixed = Verdicts.joined([scored, scored]), Verdicts.joined([scored, alone])
+    np.testing.assert_array_equal(both.first_scores, np.array([2, np.nan, 2, np.nan], np.float32))
+    assert both.second_scores.tolist() == [1, 0, 1, 0] and both.is_valid.tolist() == [True, False] * 2
+    assert mixed.first_win.tolist() == pytest.approx([0.9, 0.5, 0.25]) and mixed.first_scores is None
+    assert (both.num_failures, mixed.num_failures) == (0, 3)
+    assert len(checked(Verdicts.joined([]), 0)) == 0
 
 
 @pytest.mark.parametrize(
@@ -188,6 +202,69 @@ def test_encoding_is_the_trainers(tmp_path):
         assert oracle.encode([prompt], [response]) == [[*before, *after]]
 
 
+def encoder_classifier(folder, family):
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "pad_token_id": 2, "num_labels": 1, "initializer_range": 0.5}
+    if family == "roberta":
+        config = RobertaConfig(**sizes, max_position_embeddings=43, type_vocab_size=1)
+    else:
+        more = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+        config = DebertaV2Config(**sizes, **more, max_position_embeddings=40, type_vocab_size=0)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ["roberta", "deberta-v2"])
+def test_an_encoder_scores_what_its_own_forward_gives_up_to_its_last_position(tmp_path, family):
+    """RoBERTa's positions begin at 3 here, after that of padding, and 43 of them hold 40 tokens."""
+    path = encoder_classifier(tmp_path / "rm", family)
+    oracle = RewardModelOracle(path)
+    assert oracle.max_tokens == 40
+    prompts, responses = ["say: "] * 4, ["yes", "a longer one", "x" * 34, "x" * 35]
+    scores, encoded = oracle.score(prompts, responses), oracle.encode(prompts, responses)
+    assert [len(ids) for ids in encoded[2:]] == [40, 41]
+    tokenizer = byte_tokenizer()
+    texts = [f"{prompt}{response}" for prompt, response in zip(prompts, responses, strict=True)]
+    assert encoded == [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts], "bytes do not merge"
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor([ids])).logits.item() for ids in encoded[:3]]
+    np.testing.assert_allclose(scores[:3], expected, atol=1e-5)
+    assert np.ptp(expected) > 1e-3 and np.isnan(scores[3])
+
+
+def test_code_that_comes_with_a_reward_model_runs_where_it_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    path = save_model(tmp_path / "rm", reward=True)
+    own = (
+        "from transformers import LlamaForSequenceClassification\n\n\nclass Own(LlamaForSequenceClassification): ...\n"
+    )
+    (tmp_path / "rm" / "own.py").write_text(own)
+    file = tmp_path / "rm" / "config.json"
+    auto_map = {"AutoModelForSequenceClassification": "own.Own"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["Own"], "auto_map": auto_map}))
+    for trusted, expected in ((True, "Own"), (False, "LlamaForSequenceClassification")):
+        config = Config(model=ModelConfig(trust_remote_code=trusted))
+        assert type(build_oracle([path], config, device="cpu").model).__name__ == expected
+
+
+@pytest.mark.parametrize("family", ["rm", "pairrm"])
+def test_a_batch_that_memory_does_not_hold_names_the_option_to_lower(tmp_path, monkeypatch, family):
+    def fake_gpu_that_is_full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    path = save_model(tmp_path / "rm", reward=True) if family == "rm" else save_pairrm(tmp_path / "pairrm")[0]
+    oracle = build_oracle([path], Config(), device="cpu")
+    monkeypatch.setattr(oracle, "_rewards" if family == "rm" else "_forward", fake_gpu_that_is_full)
+    with pytest.raises(
+        OracleError, match=r"memory in a batch of 8192 tokens; lower .* oracle\.batch_tokens = 4096"
+    ) as caught:
+        oracle.compare(["p"], ["a"], ["b"])
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_small_batches_give_the_same_scores_and_stay_within_their_tokens(tmp_path, monkeypatch):
     path = save_model(tmp_path / "rm", reward=True)
     prompts = [f"prompt {'x' * (i % 7)}" for i in range(23)]
@@ -230,6 +307,46 @@ def test_the_reward_models_own_template_is_used(tmp_path):
     plain = save_model(tmp_path / "plain", reward=True)
     with pytest.raises(ConfigError, match="no chat template"):
         RewardModelOracle(plain, chat_template=True)
+
+
+def test_without_a_template_a_conversation_is_read_as_plain_text(tmp_path):
+    oracle = RewardModelOracle(save_model(tmp_path / "rm", reward=True))
+    alone = json.dumps([{"role": "user", "content": "hi"}])
+    turns = json.dumps([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}])
+    encoded = oracle.encode([alone, turns, "hi"], ["yo", "yo", "yo"])
+    assert [oracle.tokenizer.decode(ids) for ids in encoded] == [
+        "hi yo<eos>",
+        "System: Be brief.\n\nUser: hi yo<eos>",
+        "hi yo<eos>",
+    ]
+
+
+def test_a_template_that_refuses_a_conversation_is_one_line(tmp_path):
+    tokenizer = byte_tokenizer(chat=True)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    path = save_model(tmp_path / "rm", reward=True, tokenizer=tokenizer)
+    oracle = RewardModelOracle(path, chat_template=True)
+    assert np.isfinite(oracle.score(["hi"], ["yo"])).all()
+    turns = json.dumps([{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}])
+    with pytest.raises(OracleError) as caught:
+        oracle.score(["hi", turns], ["yo", "yo"])
+    said = str(caught.value)
+    assert f"the chat template of the reward model {path} refuses a conversation: no system here; " in said
+    assert "oracle.chat_template = false" in said and "\n" not in said
+
+
+def test_a_template_that_nobody_asked_for_is_told_of_once_and_not_used(tmp_path, caplog):
+    chat = save_model(tmp_path / "chat", reward=True, tokenizer=byte_tokenizer(chat=True))
+    plain = save_model(tmp_path / "plain", reward=True)
+    for path, chat_template in [(chat, True), (chat, False), (plain, None)]:
+        build_oracle([path], Config(oracle=OracleConfig(chat_template=chat_template)), device="cpu")
+    assert not caplog.messages
+    oracle = build_oracle([chat], Config(), device="cpu")
+    [said] = caplog.messages
+    assert f"the reward model {chat} has a chat template, and reads plain text" in said
+    assert "oracle.chat_template = true" in said and "\n" not in said
+    assert oracle.tokenizer.decode(oracle.encode(["hi "], ["yo"])[0]) == "hi yo<eos>"
 
 
 def test_a_model_without_a_reward_head_is_refused_by_its_config_alone(tmp_path):

@@ -47,7 +47,7 @@ def test_a_place_that_will_not_do_is_refused(tmp_path: Path) -> None:
     for name, words in (
         ("there.jsonl", "--overwrite"),
         ("folder.jsonl", "is a folder"),
-        ("rows.txt", "rows.txt.jsonl"),
+        ("rows.txt", "name it rows.jsonl"),
         ("there.jsonl/rows.jsonl", "cannot write beside"),
     ):
         with pytest.raises(ConfigError, match=words):

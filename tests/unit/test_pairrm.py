@@ -1,11 +1,14 @@
 """PairRM: equal to the published network's steps done one pair at a time, in both orders, whatever the batch."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small_folders import byte_tokenizer
-from small_pairrm import PREFIXES, save_pairrm
+from small_pairrm import PREFIXES, pair_tokenizer, save_pairrm
 
 from oatlite.config.load import load_config, resolve
 from oatlite.config.schema import Config, OracleConfig
@@ -32,6 +35,29 @@ def test_it_equals_the_published_steps_pair_by_pair_and_averages_both_orders(tmp
         np.testing.assert_allclose(verdicts.first_win, expected, atol=1e-5)
         assert verdicts.is_valid.all()
         assert verdicts.first_scores is None
+
+
+def test_ids_and_logits_of_one_order_are_the_published_ones(tmp_path):
+    path, logit = save_pairrm(tmp_path / "pairrm")
+    oracle, tokenizer = PairRMOracle(path, batch_tokens=150), pair_tokenizer()
+    triples = [*zip(PROMPTS, FIRST, SECOND, strict=True), *zip(PROMPTS, SECOND, FIRST, strict=True)]
+    for triple in triples:
+        parts = [tokenizer(prefix + text)["input_ids"] for prefix, text in zip(PREFIXES, triple, strict=True)]
+        ids, prefixes = oracle.encode(*triple)
+        assert ids == [*parts[0], *parts[1], *parts[2]]
+        assert prefixes == [1, len(parts[0]) + 1, len(parts[0]) + len(parts[1]) + 1]
+    expected = [logit(*triple) for triple in triples]
+    assert abs(expected[0] + expected[4]) > 1e-3, "one order alone leans to a side"
+    np.testing.assert_allclose(oracle._logits(triples), expected, atol=1e-5)
+
+
+def test_a_conversation_is_read_as_plain_text(tmp_path):
+    oracle = PairRMOracle(save_pairrm(tmp_path / "pairrm")[0])
+    turns = [("user", "hi"), ("assistant", "yes?"), ("user", "bye")]
+    prompt = json.dumps([{"role": role, "content": content} for role, content in turns])
+    written = "User: hi\n\nAssistant: yes?\n\nUser: bye"
+    assert oracle.encode(prompt, "a", "b") == oracle.encode(written, "a", "b")
+    np.testing.assert_array_equal(oracle.features([prompt], ["a"]), oracle.features([written], ["a"]))
 
 
 def test_swapped_responses_swap_the_verdict_exactly_and_equal_ones_tie(tmp_path):
@@ -100,6 +126,22 @@ def test_the_published_names_load_whole(tmp_path):
         assert set(file.keys()) == names
     _, info = PairRM.from_pretrained(path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+def test_weights_that_it_has_no_place_for_are_refused(tmp_path):
+    path, _ = save_pairrm(tmp_path / "pairrm")
+    file = tmp_path / "pairrm" / "model.safetensors"
+    save_file(load_file(file) | {"head_layer.9.weight": torch.zeros(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"hold head_layer\.9\.weight, which PairRM has no place for"):
+        PairRMOracle(path)
+
+
+def test_it_takes_as_much_as_it_was_made_for_unless_told(tmp_path):
+    path = save_pairrm(tmp_path / "pairrm")[0]
+    found = [
+        build_oracle([path], Config(oracle=OracleConfig(max_tokens=n)), device="cpu").max_tokens for n in (None, 99)
+    ]
+    assert found == [2048, 99]
 
 
 def test_its_name_stands_for_the_published_checkpoint():

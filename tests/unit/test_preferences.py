@@ -145,13 +145,13 @@ def test_margins_come_from_their_column(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     whole = [said("user", "Why?"), said("assistant", "Because.")]
     other = [said("user", "How?"), said("assistant", "So.")]
-    refused(tmp_path, [{"prompt": "p", "better": "a", "rejected": "b"}], "no column chosen", "better")
-    refused(tmp_path, [{"chosen": "a", "rejected": "b"}], "without a prompt", "data.prompt_key")
+    refused(tmp_path, [{"prompt": "p", "better": "a", "rejected": "b"}], "--set data.chosen_key=COLUMN", "better")
+    refused(tmp_path, [{"chosen": "a", "rejected": "b"}], "without a prompt", "--prompt-key")
     refused(tmp_path, [{"chosen": whole, "rejected": other}], "differ in more", template=ENDING + AWAITING)
     refused(tmp_path, [{"chosen": whole[:1], "rejected": other[:1]}], "differ in more", template=ENDING + AWAITING)
     refused(tmp_path, [{"chosen": whole, "rejected": [whole[0], said("assistant", "So.")]}], "--chat-template")
     refused(tmp_path, [{"prompt": "p", "chosen": 1, "rejected": 2}], "int", "both be text")
     refused(tmp_path, [row(chosen="So.")], "no usable pair to train on", "1 are empty, equal")
-    refused(tmp_path, [row()], "no usable pair to train on besides the 1 held out", "eval.prompts", held_out=1)
+    refused(tmp_path, [row()], "no usable pair to train on besides the 1 held out", "--eval-prompts", held_out=1)
     thinking = ENDING + "{% if add_generation_prompt %}<assistant><think>{% endif %}"
     refused(tmp_path, [row()], "otherwise than one that awaits", template=thinking)

@@ -5,13 +5,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+from oatlite_cli.main import main
 from small_folders import VOCAB_SIZE, byte_tokenizer, save_model
 from transformers import BertConfig
 
+from oatlite import preflight
+from oatlite.config.load import resolve
 from oatlite.config.schema import Config
 from oatlite.errors import ConfigError
+from oatlite.hardware import Gpu
 from oatlite.loading import load_callable
 from oatlite.preflight import check
+
+GIB = 1 << 30
 
 
 def rows_file(path, count=50):
@@ -54,10 +60,26 @@ def refused(config, *words):
         assert word in text
 
 
+def test_on_a_gpu_the_plan_has_vllms_share(options, monkeypatch):
+    """That of a machine that is made up: here is no GPU, and a vLLM without."""
+    config = resolve(changed(options, run={"name": "n"}, learner={"micro_batch_size": 1}), 1)
+    monkeypatch.setattr(preflight, "check_engine", lambda config: None)
+    for total, expected in ((80 * GIB, 0.025), (40 * GIB, 0.05)):  # 2 GiB: the least cache, and graphs
+        monkeypatch.setattr(preflight, "visible_gpus", lambda total=total: [Gpu("GPU-a", "A", total)])
+        assert check(config).engine_shares == {"actor 0": pytest.approx(expected, abs=0.001)}
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: [Gpu("GPU-a", "A", 2 * GIB)])
+    refused(config, "GPU 0 has 2.0 GiB", "placement.gpu_memory_utilization")
+    assert check(Config(**options)).engine_shares == {}, "on the CPU"
+
+
 def test_the_plan(options):
     plan = check(Config(**options))
     assert (plan.num_prompts, plan.num_heldout, plan.num_dropped) == (40, 10, 1)
     assert (plan.total_steps, plan.num_queries) == (15, 120)
+    own = {"rule": "sea-ee", "self_label_ratio": 0.5, "burn_in": 2}
+    assert check(changed(options, explore=own)).num_queries == 2 * 8 + 13 * 4
+    plan = check(changed(options, explore=own, data={"max_queries": 30}))
+    assert (plan.total_steps, plan.most_steps, plan.num_queries) == (6, 15, 30), "8, 8, 4, 4, 4, 2"
     assert plan.longest_prompt == len("say number 00")
 
 
@@ -74,7 +96,12 @@ def test_a_run_without_evaluation_needs_no_references(options):
     plan = check(changed(options, eval={"prompts": 0}, data={"reference_key": None}))
     assert (plan.num_prompts, plan.num_heldout) == (50, 0)
     refused(changed(options, data={"reference_key": None}), "data.reference_key", "eval.prompts = 0")
-    refused(changed(options, data={"reference_key": "gold"}), "no column gold", "prompt, reference")
+    refused(
+        changed(options, data={"reference_key": "gold"}),
+        "no column gold",
+        "--reference-key COLUMN",
+        "prompt, reference",
+    )
 
 
 def test_exploration_needs_an_encoder_and_pairs_that_are_its_to_choose(options, folders, tmp_path):
@@ -82,8 +109,10 @@ def test_exploration_needs_an_encoder_and_pairs_that_are_its_to_choose(options, 
     assert check(changed(options, **explored)).num_prompts
     (tmp_path / "own.py").write_text(
         "def score(prompt, response): return 0.0\n"
+        "from oatlite.algorithms.base import Needs\n"
         "from oatlite.algorithms.dpo import DPO\n"
         "class Chooses(DPO):\n    def select(self, candidates, scores, rng): return []\n"
+        "class Asks(Chooses):\n    needs = Needs(reference_scores=True)\n"
     )
     function = {"oracle": {"path": (f"{tmp_path}/own.py:score",)}}
     refused(changed(options, **explored, **function), "has no encoder", "--set explore.encoder=MODEL")
@@ -92,6 +121,9 @@ def test_exploration_needs_an_encoder_and_pairs_that_are_its_to_choose(options, 
     refused(changed(options, explore={"rule": "sea-ee", "encoder": str(tmp_path / "none")}), "does not exist")
     own = {"algorithm": {"name": f"{tmp_path}/own.py:Chooses"}}
     refused(changed(options, **explored, **own), "chooses its own", "leave one of them out")
+    asks = {"algorithm": {"name": f"{tmp_path}/own.py:Asks"}}
+    assert check(changed(options, **asks)).num_prompts
+    refused(changed(options, **asks, rollout={"asynchronous": True}), "the learner's reference", "type --no-async")
     labelled = {"explore": {"rule": "sea-ee", "self_label_ratio": 0.3}, "algorithm": {"name": "kl"}}
     refused(changed(options, **labelled), "reward margins", "explore.self_label_ratio=0")
 
@@ -110,7 +142,37 @@ def test_exploration_that_does_not_go_with_the_rest(options):
     refused(explore("apl", head_only=True), "head_only", "--explore apl has none")
     refused(explore("apl", self_label_ratio=0.2), "self_label_ratio", "--explore apl has none")
     refused(explore("sea-ee", head_only=True), "greedy answers do not change", "--best-of-n 10")
+    refused(explore("sea-ee", head_only=True, self_label_ratio=0.2), "trains no policy", "explore.self_label_ratio=0")
+    xpo = {"algorithm": {"name": "xpo"}}
+    refused(changed(options, explore={"rule": "sea-ee"}, **xpo), "--algo xpo says itself where", "--explore passive")
+    assert check(changed(options, explore={"rule": "passive"}, **xpo)).num_prompts
     assert check(explore("sea-ee", head_only=True, best_of_n=4)).num_prompts
+
+
+def test_a_policy_cut_up_among_processes_is_sampled_alone(options):
+    both = {"placement": {"gpus_per_actor": 2}}
+    check(changed(options, **both))
+    mixture = changed(options, rollout={"sampler": "mixture"}, **both)
+    refused(mixture, "placement.gpus_per_actor = 2", "mixtures", "type --gpus-per-actor 1")
+    hybrid = changed(options, rollout={"sampler": "hybrid"}, **both)
+    refused(hybrid, "the reference", "type --gpus-per-actor 1")
+    check(changed(options, lora={"rank": 4, "sync": "adapter"}, **both))
+
+
+@pytest.mark.parametrize(
+    ("shape", "each", "possible"),
+    [
+        ({"num_attention_heads": 4}, 3, 2),
+        ({"num_attention_heads": 6, "hidden_size": 24, "num_key_value_heads": 2, "intermediate_size": 36}, 3, 2),
+        ({"num_attention_heads": 4, "intermediate_size": 30}, 4, 2),
+        ({"num_attention_heads": 1}, 2, 1),
+    ],
+)
+def test_a_policy_that_cannot_be_cut_up_so_is_refused(options, tmp_path, shape, each, possible):
+    path = save_model(tmp_path / "policy", **shape)
+    given = changed(options, model={"path": path}, placement={"gpus_per_actor": each})
+    refused(given, f"gpus_per_actor = {each}", f"type --gpus-per-actor {possible}")
+    check(changed(options, model={"path": path}, placement={"gpus_per_actor": possible}))
 
 
 def test_missing_things_are_named(options, tmp_path):
@@ -170,6 +232,27 @@ def test_a_step_needs_its_prompts(options):
 def test_the_oracle_must_be_a_reward_model(options, folders):
     refused(changed(options, oracle={"path": str(folders / "policy")}), "LlamaForCausalLM", "no classification head")
     refused(changed(options, oracle={"chat_template": True}), "no chat template", "oracle.chat_template = false")
+
+
+def test_the_command_asks_a_function_once_before_it_starts_anything(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.py").write_text("def score(prompt, response):\n    return 'good'\n")
+    arguments = ["train", "--gpus", "0", "--oracle", "bad.py:score", "--model", options["model"]["path"]]
+    arguments += ["--prompts", options["data"]["prompts"], "--prompts-per-step", "8", "--eval-prompts", "0"]
+    assert main(arguments) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert "bad.py:score" in said and "returned 'good', which is no finite number" in said
+    assert not Path("runs").exists()
+
+
+def test_a_reward_models_unused_chat_template_is_noted(options, tmp_path):
+    assert check(Config(**options)).notes == ()
+    chat = save_model(tmp_path / "chat", reward=True, tokenizer=byte_tokenizer(chat=True))
+    for sections in ({"oracle": {"path": chat}}, {"eval": {"oracle": chat}}):
+        [note] = check(changed(options, **sections)).notes
+        assert f"{chat} has a chat template, and reads plain text" in note
+    for chat_template in (True, False):
+        assert check(changed(options, oracle={"path": chat, "chat_template": chat_template})).notes == ()
 
 
 def test_the_gold_score_must_be_callable(options, tmp_path):

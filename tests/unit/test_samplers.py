@@ -17,10 +17,11 @@ from oatlite.config.algorithms import DPOConfig, SimPOConfig, XPOConfig
 from oatlite.config.load import load_config, resolve
 from oatlite.engine import Engine, EngineOptions, State
 from oatlite.engine.mixing import REFERENCE_CACHE_BYTES, waves
+from oatlite.engine.swap import SwappedWeights
 from oatlite.errors import ConfigError
+from oatlite.layouts import TokenPair
 from oatlite.lora import AdapterOptions
 from oatlite.maths.samplers import mixed_logprobs
-from oatlite.models import TokenPair
 from oatlite.samplers import PLANS, SAMPLERS, coefficients, sampling_plan
 from oatlite.sampling import SamplingOptions
 from oatlite.testing import LETTERS, BigramPolicy, FunctionOracle, InMemoryActors, Rehearsal, rehearse
@@ -229,6 +230,12 @@ def test_samplers_survive_a_checkpoint(tmp_path: Path) -> None:
 # The engine, as far as it goes without vLLM
 
 
+class _Model(torch.nn.Module):
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(weight))
+
+
 class LoadsNothing(Engine):
     """An engine that notes which weights it is given, and can be told to fail."""
 
@@ -248,13 +255,17 @@ class LoadsNothing(Engine):
         self.state = State.READY
         self.given: list[float] = []
         self._fails_at = fails_at
-        self._policy_copy = {}
-        self._reference_weights = {"weight": torch.tensor(-1.0)}
+        self._swapped = SwappedWeights("policy", "reference", self._load_beside, is_pinned=False)
+        self._swapped.share_reference(_Model(-1.0))
+
+    @property
+    def _here(self) -> LoadsNothing:
+        return self
 
     def begin_load(self) -> None:
         self.state = State.LOADING
 
-    def _take(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def take(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         self.given.append(float(tensors[0][1]))
         if len(self.given) == self._fails_at:
             raise RuntimeError("out of memory")
@@ -271,7 +282,7 @@ def test_the_reference_is_loaded_in_the_policys_place_and_the_newest_policy_back
     engine = LoadsNothing(SWAPS)
     for version in (1.0, 2.0):
         arrived = torch.tensor(version)
-        engine._copy_policy([("weight", arrived)])
+        engine._swapped.keep([("weight", arrived)])
         arrived.zero_()  # the buffer that it came in is filled anew
         with engine._as_reference():
             assert engine.given[-1] == -1
@@ -282,7 +293,7 @@ def test_the_reference_is_loaded_in_the_policys_place_and_the_newest_policy_back
 @pytest.mark.parametrize("fails_at", [1, 2])
 def test_a_swap_that_fails_taints_the_engine(fails_at: int) -> None:
     engine = LoadsNothing(SWAPS, fails_at=fails_at)
-    engine._copy_policy([("weight", torch.tensor(1.0))])
+    engine._swapped.keep([("weight", torch.tensor(1.0))])
     with pytest.raises(RuntimeError, match="out of memory"), engine._as_reference():
         pass
     assert engine.state is State.TAINTED
@@ -291,9 +302,23 @@ def test_a_swap_that_fails_taints_the_engine(fails_at: int) -> None:
         engine.generate(prompt, [0], ONE_TOKEN)
 
 
+def test_before_the_first_sync_the_policy_is_what_lies_at_its_path() -> None:
+    loaded: list[str] = []
+
+    def load(path: str) -> _Model:
+        loaded.append(path)
+        return _Model({"policy": 1.0, "reference": -1.0}[path])
+
+    one, same = (SwappedWeights(path, "reference", load, is_pinned=False) for path in ("policy", "reference"))
+    assert float(one.policy()["weight"]) == 1 and float(one.reference()["weight"]) == -1
+    assert float(same.policy()["weight"]) == -1 == float(same.reference()["weight"])
+    one.reference()
+    assert loaded == ["policy", "reference", "reference"], "the reference once each, and where it is the policy no more"
+
+
 def test_an_engine_that_fails_while_it_is_the_reference_is_tainted() -> None:
     engine = LoadsNothing(SWAPS)
-    engine._copy_policy([("weight", torch.tensor(1.0))])
+    engine._swapped.keep([("weight", torch.tensor(1.0))])
     with pytest.raises(KeyError), engine._as_reference():
         raise KeyError
     assert engine.state is State.TAINTED and engine.given == [-1]

@@ -9,7 +9,7 @@ import pytest
 from mosec import ClientError, ValidationError
 from oatlite_cli.main import main
 from oats_feedback import read_scores, reward_body
-from small_folders import save_model
+from small_folders import byte_tokenizer, save_model
 from small_pairrm import save_pairrm
 
 from oatlite.config.schema import OracleConfig
@@ -141,9 +141,9 @@ def test_it_listens_to_this_machine_alone_unless_told():
 # Workers
 
 
-def settings(name, device="cpu", **oracle):
+def settings(name, device="cpu", index=0, **oracle):
     options = OracleConfig(path=(str(name),), **oracle).model_dump(mode="json")
-    return WorkerSettings(index=0, device=device, mask="", threads=1, oracle=options, notes="/nowhere")
+    return WorkerSettings(index=index, device=device, mask="", threads=1, oracle=options, notes="/nowhere")
 
 
 def test_settings_cross_as_json():
@@ -169,6 +169,14 @@ def test_workers_get_neither_the_token_nor_settings_of_mosecs():
     assert settings("m").environment()["OATLITE_ORACLE_TOKEN"] == ""
     inherited = {"PATH": "p", "MOSEC_ADDRESS": "0.0.0.0", "MOSEC_COMPRESSION": "1"}
     assert environment(inherited) == {"PATH": "p", "MOSEC_LOG_LEVEL": "warning"}
+
+
+def test_one_worker_says_for_all_that_a_chat_template_is_not_used(tmp_path, caplog):
+    path = save_model(tmp_path / "chat", reward=True, tokenizer=byte_tokenizer(chat=True))
+    for index in (0, 1):
+        load(settings(path, index=index))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{path} has a chat template, and reads plain text" in caplog.text
 
 
 def test_a_function_is_served(tmp_path):

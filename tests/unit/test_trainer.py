@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -20,14 +19,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from oatlite.checkpoint import CheckpointWriter, FileRecord, name_of
+from oatlite.errors import CheckpointError
 from oatlite.trainer import (
     SCHEDULE_FLOOR,
     OptimizerOptions,
     Ranks,
     Trainer,
-    _state_files,
     deepspeed_config,
     schedule_factor,
+    state_files,
 )
 
 SCHEDULES = ["cosine", "linear", "constant"]
@@ -379,8 +379,11 @@ class Unpickled:
 def test_a_state_file_that_would_execute_something_is_refused(tmp_path):
     trap, path = tmp_path / "trap", tmp_path / "state.pt"
     torch.save({"step": 1, "more": Unpickled(trap)}, path)
-    with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
-        _state_files(tmp_path, None).load(str(path))
+    with pytest.raises(CheckpointError, match=rf"{path} holds what no checkpoint of ours does .+ not read; add"):
+        state_files(tmp_path, None).load(str(path))
     assert not trap.exists()
+    (tmp_path / "torn.pt").write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"torn.pt holds what"):
+        state_files(tmp_path, None).load(str(tmp_path / "torn.pt"))
     torch.load(path, weights_only=False)["more"].close()
     assert trap.exists(), "and it would have"

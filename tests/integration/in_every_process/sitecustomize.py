@@ -1,10 +1,14 @@
 """Python runs this in each process that has its folder on the path: the engine then does as a file tells it.
 
 The file that ENGINE_MODE names holds ``fast``, ``slow`` (each of the engine's steps takes ENGINE_SLOW_S longer, so that
-a test can meet it in the middle of a batch) or ``raise`` (as with a broken driver).
+a test can meet it in the middle of a batch), ``raise`` (as with a broken driver), ``hang`` (as one that never answers,
+while other threads go on), ``leave`` (as a library that ends its process with code 0) or ``deaf`` (as one that ignores
+what asks a worker to end, and slow).
 """
 
+import ctypes
 import os
+import signal
 import sys
 import threading
 import time
@@ -22,10 +26,16 @@ def wait_for_engine() -> None:
 
     def told_step(self):
         mode = Path(os.environ["ENGINE_MODE"]).read_text()
-        if mode == "slow":
+        if mode == "deaf":
+            ctypes.CDLL(None).signal(signal.SIGHUP, int(signal.SIG_IGN))  # Python's own may not, from this thread
+        if mode in ("slow", "deaf"):
             time.sleep(SLOW_S)
         if mode == "raise":
             raise RuntimeError("CUDA error: as if")
+        if mode == "hang":
+            time.sleep(1e6)
+        if mode == "leave":
+            os._exit(0)
         return step(self)
 
     engine.step = told_step
