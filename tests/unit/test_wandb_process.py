@@ -23,6 +23,7 @@ from oatlite.metrics.sinks import WandbSink
 CLOSE_S = 30  # for a busy machine; a fifth of it is waited for the server
 T = TypeVar("T")
 START_S = 60.0
+RUN_FILE = "wandb/offline-run-*/run-*.wandb"
 GONE_S = 5.0  # as when the supervisor is killed: `test_faults_supervisor.py`
 LEARNER = """
     import sys, time
@@ -71,12 +72,16 @@ def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proce
 
 
 def _wait_until(condition: Callable[[], T], seconds: float) -> T:
-    """What made the condition true: asked again, a process that lives for a moment may be gone."""
+    """What made the condition true."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return found
+
+
+def _name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
 def _first(found: Callable[[], list[int]]) -> int:
@@ -98,8 +103,9 @@ def test_wandb_is_gone_soon_after_its_learner_was_killed(
             process = _first(lambda: processes.children(learner.pid))
             if mode == "online":
                 _first(lambda: processes.children(process))
-            else:  # once wandb-core has started a process of its own
-                core = _first(lambda: [pid for pid in processes.children(process) if processes.children(pid)])
+            else:  # once wandb-core has a run: it writes the file of an offline one itself
+                _wait_until(lambda: [file for file in tmp_path.glob(RUN_FILE) if file.stat().st_size], START_S)
+                [core] = [pid for pid in processes.children(process) if _name(pid) == "wandb-core"]
                 os.kill(core, signal.SIGSTOP)
         finally:
             os.killpg(learner.pid, signal.SIGKILL)
@@ -122,6 +128,6 @@ def test_records_for_a_server_that_is_out_of_reach_are_kept(
         sink.write({"kind": "eval", "step": 1, "win_rate": 0.75})
         sink.close()
     assert len(warnings) == 1 and "kept offline" in warnings[0]
-    [kept] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    [kept] = tmp_path.glob(RUN_FILE)
     assert b"eval/win_rate" in kept.read_bytes()
     _wait_until(lambda: not processes.pids(), 2 * GONE_S)
