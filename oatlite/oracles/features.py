@@ -23,7 +23,7 @@ from oatlite.oracles.loading import (
     token_limit,
     torch_dtype,
 )
-from oatlite.oracles.sequences import batches, longest_first, pad
+from oatlite.oracles.sequences import Tokens, batches, longest_first, model_inputs, text_pairs
 from oatlite.sources import first_line
 
 
@@ -68,7 +68,8 @@ def build_encoder(config: Config, oracle: PreferenceOracle, *, device: str) -> E
 
 class ModelEncoder:
     """Any Hugging Face model without its head: the last hidden state of a decoder's last token, or of an encoder's
-    first. Prompt and response are tokenized together, in batches of at most ``batch_tokens`` padded tokens."""
+    first. A decoder reads prompt and response as one text, an encoder as two; in batches of at most ``batch_tokens``
+    padded tokens."""
 
     def __init__(
         self,
@@ -102,21 +103,23 @@ class ModelEncoder:
         """See :meth:`Encodes.features`."""
         from oatlite.oracles.reward_model import pooled_states
 
-        plain = [as_text(prompt) for prompt in prompts]
-        texts = [prompt + (join(prompt, text) if text else "") for prompt, text in zip(plain, responses, strict=True)]
-        ids: list[list[int]] = [self.tokenizer(text, verbose=False)["input_ids"] for text in texts]
-        found = np.full((len(ids), self.model.config.get_text_config().hidden_size), np.nan, np.float32)
-        lengths = [len(each) for each in ids]
+        sequences = self._tokens([as_text(prompt) for prompt in prompts], responses)
+        found = np.full((len(sequences), self.model.config.get_text_config().hidden_size), np.nan, np.float32)
+        lengths = [len(tokens.ids) for tokens in sequences]
         fitting = [i for i in longest_first(lengths) if 0 < lengths[i] <= self.max_tokens]
         for batch in batches(fitting, lengths, self.batch_tokens):
-            input_ids, mask = pad([ids[i] for i in batch])
+            inputs = model_inputs([sequences[i] for i in batch], self.device)
             with out_of_memory_told(f"the encoder {self.path}", self.batch_tokens):
-                states = pooled_states(
-                    self.model, input_ids.to(self.device), mask.to(self.device), is_decoder=self._is_decoder
-                )
+                states = pooled_states(self.model, inputs, is_decoder=self._is_decoder)
                 found[batch] = states.float().cpu().numpy()
             require_finite(found[batch], f"the encoder {self.path} gave states")
         return found
+
+    def _tokens(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Tokens]:
+        if not self._is_decoder:
+            return text_pairs(self.tokenizer, self.model, prompts, responses)
+        texts = [prompt + (join(prompt, text) if text else "") for prompt, text in zip(prompts, responses, strict=True)]
+        return [Tokens(self.tokenizer(text, verbose=False)["input_ids"]) for text in texts]
 
 
 def _is_bidirectional(model: Any) -> bool:

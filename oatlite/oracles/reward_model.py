@@ -1,15 +1,16 @@
 """A reward model as the oracle: any Hugging Face sequence-classification model with one label.
 
-A response is scored as ``tokenize(prompt) + tokenize(response) + EOS``: the two are tokenized apart, as a policy
+A decoder scores a response as ``tokenize(prompt) + tokenize(response) + EOS``: the two are tokenized apart, as a policy
 produces them, so a score does not depend on merges across the border, and the score is read at EOS. This is what
 ``oatlite reward-model`` trains, down to the space that is put between a prompt and a response which bring none.
+An encoder reads the two texts as its tokenizer joins two, with segments where it has them.
 With a chat template, the template alone says how the text looks and where it ends.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -32,7 +33,7 @@ from oatlite.oracles.loading import (
     torch_dtype,
     unused_template,
 )
-from oatlite.oracles.sequences import batches, longest_first, pad
+from oatlite.oracles.sequences import Tokens, batches, longest_first, model_inputs, text_pairs
 from oatlite.shared_attention import install
 from oatlite.sources import first_line
 
@@ -58,8 +59,8 @@ def check_reward_model(path: str, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def pooled_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Rewards (B,) of right-padded sequences (B, T), read at the last real token of each.
+def pooled_scores(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Rewards (B,) of right-padded sequences (B, T), read at the last real token of each; see :func:`model_inputs`.
 
     The models' own forward takes "the last token that is not ``pad_token_id``": it refuses a batch where that is
     None, and skips the EOS that it is asked to score where that is EOS. So a decoder's head is applied here, at the
@@ -68,16 +69,16 @@ def pooled_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tens
     """
     head = getattr(model, "score", None)
     if head is None:
-        return model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0]
-    return head(pooled_states(model.base_model, input_ids, attention_mask, is_decoder=True))[:, 0]
+        return model(**inputs).logits[:, 0]
+    return head(pooled_states(model.base_model, inputs, is_decoder=True))[:, 0]
 
 
-def pooled_states(backbone: Any, input_ids: Tensor, attention_mask: Tensor, *, is_decoder: bool) -> Tensor:
+def pooled_states(backbone: Any, inputs: Mapping[str, Tensor], *, is_decoder: bool) -> Tensor:
     """Last hidden states (B, D) of right-padded sequences (B, T): at the last token, of an encoder at the first."""
     more = {"use_cache": False} if is_decoder else {}
-    hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
-    rows = torch.arange(len(input_ids), device=hidden.device)
-    last = (attention_mask.sum(dim=1) - 1).to(hidden.device)
+    hidden = backbone(**inputs, **more).last_hidden_state
+    rows = torch.arange(len(hidden), device=hidden.device)
+    last = (inputs["attention_mask"].sum(dim=1) - 1).to(hidden.device)
     return hidden[rows, last if is_decoder else torch.zeros_like(rows)]
 
 
@@ -185,7 +186,8 @@ class RewardModelOracle(RewardOracle):
         self.device = self.model.get_input_embeddings().weight.device
         self._prefix_scores: PrefixScores | None = None
         self._layout: LayoutName = "plain"
-        if hasattr(self.model, "score"):
+        self._is_decoder = hasattr(self.model, "score")
+        if self._is_decoder:
             prefix_scores = PrefixScores(self.model)
             self._layout = prefix_scores.layout(self.max_tokens)
             self._prefix_scores = None if self._layout == "plain" else prefix_scores
@@ -206,18 +208,24 @@ class RewardModelOracle(RewardOracle):
         prompts: Sequence[str],
         responses: Sequence[str],
         width: int,
-        forward: Callable[[Sequence[TokenPair]], Tensor],
+        forward: Callable[[Sequence[Any]], Tensor],
     ) -> Floats:
-        """What ``forward`` gives of pairs, (B, 2, width), sorted back to the responses, (B, width)."""
-        sequences = self.encode(prompts, responses)
+        """What ``forward`` gives of rows of one or two sequences, (B, at most 2, width), sorted back to the responses,
+        (B, width)."""
+        sequences = self._tokens(prompts, responses)
         found = np.full((len(sequences), width), np.nan, np.float32)
-        fitting = [i for i, sequence in enumerate(sequences) if 0 < len(sequence) <= self.max_tokens]
-        groups = [[i] for i in fitting] if self._prefix_scores is None else _in_pairs(prompts, fitting)
-        pairs = [_with_prefix([sequences[i] for i in group]) for group in groups]
-        lengths = [pair.num_tokens for pair in pairs]
+        fitting = [i for i, tokens in enumerate(sequences) if 0 < len(tokens.ids) <= self.max_tokens]
+        if self._prefix_scores is None:
+            groups = [[i] for i in fitting]
+            rows: list[Any] = [sequences[i] for i in fitting]
+            lengths = [len(tokens.ids) for tokens in rows]
+        else:
+            groups = _in_pairs(prompts, fitting)
+            rows = [_with_prefix([sequences[i].ids for i in group]) for group in groups]
+            lengths = [pair.num_tokens for pair in rows]
         for batch in batches(longest_first(lengths), lengths, self.batch_tokens):
             with out_of_memory_told(f"the reward model {self.path}", self.batch_tokens), torch.inference_mode():
-                values = forward([pairs[b] for b in batch]).float().cpu().numpy()
+                values = forward([rows[b] for b in batch]).float().cpu().numpy()
             for b, of_pair in zip(batch, values, strict=True):
                 found[groups[b]] = of_pair[: len(groups[b])]
             members = [i for b in batch for i in groups[b]]
@@ -226,13 +234,18 @@ class RewardModelOracle(RewardOracle):
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt with its response; see the top of this file. An empty response is EOS alone."""
+        return [tokens.ids for tokens in self._tokens(prompts, responses)]
+
+    def _tokens(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Tokens]:
         if self.chat_template:
-            return [self._templated(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
-        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+            return [Tokens(self._templated(prompt, text)) for prompt, text in zip(prompts, responses, strict=True)]
         plain = {prompt: as_text(prompt) for prompt in dict.fromkeys(prompts)}
+        if not self._is_decoder:
+            return text_pairs(self.tokenizer, self.model, [plain[prompt] for prompt in prompts], responses)
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         prompt_ids = {prompt: self.tokenizer(text, verbose=False)["input_ids"] for prompt, text in plain.items()}
         return [
-            [*prompt_ids[prompt], *self._ids(join(plain[prompt], text) if text else ""), *end]
+            Tokens([*prompt_ids[prompt], *self._ids(join(plain[prompt], text) if text else ""), *end])
             for prompt, text in zip(prompts, responses, strict=True)
         ]
 
@@ -251,22 +264,18 @@ class RewardModelOracle(RewardOracle):
             ) from error
         return self._ids(text)
 
-    def _rewards(self, pairs: Sequence[TokenPair]) -> Tensor:
-        """(B, 2, 1); where a pair has one sequence, the second column means nothing. So below."""
+    def _rewards(self, rows: Sequence[Any]) -> Tensor:
+        """(B, 1, 1) of sequences; (B, 2, 1) of pairs: where one has one sequence, the second column means nothing."""
         if self._prefix_scores is not None:
-            return self._prefix_scores(pairs, self._layout).view(-1, 2, 1)
-        return pooled_scores(self.model, *self._padded(pairs))[:, None, None].expand(-1, 2, 1)
+            return self._prefix_scores(rows, self._layout).view(-1, 2, 1)
+        return pooled_scores(self.model, model_inputs(rows, self.device))[:, None, None]
 
-    def _states(self, pairs: Sequence[TokenPair]) -> Tensor:
-        """(B, 2, D)"""
+    def _states(self, rows: Sequence[Any]) -> Tensor:
+        """(B, 1, D) or (B, 2, D), as above."""
         if self._prefix_scores is not None:
-            return self._prefix_scores.states(pairs, self._layout).view(len(pairs), 2, -1)
-        states = pooled_states(self.model.base_model, *self._padded(pairs), is_decoder=hasattr(self.model, "score"))
-        return states[:, None].expand(-1, 2, -1)
-
-    def _padded(self, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
-        input_ids, mask = pad([[*pair.prompt.tolist(), *pair.chosen.tolist()] for pair in pairs])
-        return input_ids.to(self.device), mask.to(self.device)
+            return self._prefix_scores.states(rows, self._layout).view(len(rows), 2, -1)
+        inputs = model_inputs(rows, self.device)
+        return pooled_states(self.model.base_model, inputs, is_decoder=self._is_decoder)[:, None]
 
 
 def _in_pairs(prompts: Sequence[str], members: Sequence[int]) -> list[list[int]]:

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from small_folders import VOCAB_SIZE, byte_tokenizer, save_model
+from small_folders import byte_tokenizer, save_model
 from small_pairrm import save_pairrm
-from transformers import AutoModelForSequenceClassification, DebertaV2Config, RobertaConfig
+from transformers import AutoModelForSequenceClassification
 
 from oatlite.config.schema import Config, ModelConfig, OracleConfig
 from oatlite.errors import ConfigError, OracleError
@@ -200,39 +200,6 @@ def test_encoding_is_the_trainers(tmp_path):
     for prompt, response in [("say:", " yes"), ("say: ", "yes"), ("say:", "yes")]:
         before, after = encode(tokenizer, prompt, response)
         assert oracle.encode([prompt], [response]) == [[*before, *after]]
-
-
-def encoder_classifier(folder, family):
-    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "pad_token_id": 2, "num_labels": 1, "initializer_range": 0.5}
-    if family == "roberta":
-        config = RobertaConfig(**sizes, max_position_embeddings=43, type_vocab_size=1)
-    else:
-        more = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
-        config = DebertaV2Config(**sizes, **more, max_position_embeddings=40, type_vocab_size=0)
-    torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("family", ["roberta", "deberta-v2"])
-def test_an_encoder_scores_what_its_own_forward_gives_up_to_its_last_position(tmp_path, family):
-    """RoBERTa's positions begin at 3 here, after that of padding, and 43 of them hold 40 tokens."""
-    path = encoder_classifier(tmp_path / "rm", family)
-    oracle = RewardModelOracle(path)
-    assert oracle.max_tokens == 40
-    prompts, responses = ["say: "] * 4, ["yes", "a longer one", "x" * 34, "x" * 35]
-    scores, encoded = oracle.score(prompts, responses), oracle.encode(prompts, responses)
-    assert [len(ids) for ids in encoded[2:]] == [40, 41]
-    tokenizer = byte_tokenizer()
-    texts = [f"{prompt}{response}" for prompt, response in zip(prompts, responses, strict=True)]
-    assert encoded == [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts], "bytes do not merge"
-    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
-    with torch.no_grad():
-        expected = [model(input_ids=torch.tensor([ids])).logits.item() for ids in encoded[:3]]
-    np.testing.assert_allclose(scores[:3], expected, atol=1e-5)
-    assert np.ptp(expected) > 1e-3 and np.isnan(scores[3])
 
 
 def test_code_that_comes_with_a_reward_model_runs_where_it_is_trusted(tmp_path, monkeypatch):
