@@ -93,15 +93,13 @@ class Experience:
         if self._config.data.max_queries is not None:
             of_step = of_step[: prompts_within(self._config, self._config.data.max_queries - num_queries, step)]
         indices: list[int] = self._share.of(of_step)
-        samplers = self._plan()
-        seeds = sample_seeds(
-            self._config.run.seed, TRAIN_SEEDS, epoch, self._prompts.rows[indices].tolist(), len(samplers)
-        )
+        plan, rows = self._plan(), self._prompts.rows[indices].tolist()
+        seeds = sample_seeds(self._config.run.seed, TRAIN_SEEDS, epoch, rows, len(plan))
         with self._shows.doing("generate", f"step {step}"):
             found, generate_s = self._actors.generate(
                 [self._prompts.tokens[i] for i in indices],
                 seeds,
-                samplers,
+                [plan] * len(rows),
                 SamplingOptions.of(self._config.sampling),
                 is_last_of_version=not self._config.rollout.asynchronous
                 and step % self._config.rollout.sync_every == 0,
@@ -114,7 +112,7 @@ class Experience:
         ]
         choice = None
         if self._explorer is not None:
-            with self._shows.doing("score", f"step {step}, {len(samplers)} candidates each"):
+            with self._shows.doing("score", f"step {step}, {len(plan)} candidates each"):
                 choice = self._explorer.choose(sets, step)
             duels = choice.duels
         else:

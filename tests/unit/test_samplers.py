@@ -133,7 +133,7 @@ def test_the_stand_ins_sample_from_what_they_say() -> None:
     def sample(count: int) -> list[list[Any]]:
         seeds = np.arange(count * len(SAMPLERS), dtype=np.uint64).reshape(count, -1)
         options = SamplingOptions(temperature=0.7, max_new_tokens=1)
-        return actors.generate([np.array([5], np.int32)] * count, seeds, SAMPLERS, options)[0]
+        return actors.generate([np.array([5], np.int32)] * count, seeds, [SAMPLERS] * count, options)[0]
 
     @contextmanager
     def source(names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
