@@ -29,6 +29,7 @@ from oatlite.workers.gold import GoldScore
 from oatlite.workers.reference_scores import ReferenceScores, ScorePairs
 
 TRAIN_SEEDS, EVAL_SEEDS, SELECT_DRAWS, VERDICT_DRAWS, FLIP_DRAWS = range(5)
+PLAN_DRAWS = 6
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,6 +80,7 @@ class Experience:
         self._shows = shows
         self._gold = gold
         self._explorer = explorer
+        self._policy_share = config.rollout.policy_share if config.rollout.sampler != "policy" else 0.0
         self._reference_scores = None
         if explorer is None and algorithm.needs.reference_scores:
             assert score_by_reference is not None
@@ -95,11 +97,13 @@ class Experience:
         indices: list[int] = self._share.of(of_step)
         plan, rows = self._plan(), self._prompts.rows[indices].tolist()
         seeds = sample_seeds(self._config.run.seed, TRAIN_SEEDS, epoch, rows, len(plan))
+        is_policys = policys_alone(self._config.run.seed, epoch, rows, self._policy_share)
+        samplers = [["policy"] * len(plan) if is_alone else plan for is_alone in is_policys]
         with self._shows.doing("generate", f"step {step}"):
             found, generate_s = self._actors.generate(
                 [self._prompts.tokens[i] for i in indices],
                 seeds,
-                [plan] * len(rows),
+                samplers,
                 SamplingOptions.of(self._config.sampling),
                 is_last_of_version=not self._config.rollout.asynchronous
                 and step % self._config.rollout.sync_every == 0,
@@ -145,6 +149,8 @@ class Experience:
             generate_s=generate_s,
             score_s=score_s,
         )
+        if self._policy_share:
+            rollouts.means["policy_share"] = Mean(float(is_policys.sum()), len(rows))
         first_wins = self._add_pairs(rollouts, step, contests, first, second, verdicts, is_own)
         if choice is not None:
             self._teach(rollouts, choice, first_wins, num_queries)
@@ -287,6 +293,15 @@ def sample_seeds(run_seed: int, purpose: int, epoch: int, rows: Sequence[int], n
     """
     seeds = [seed_of(run_seed, purpose, epoch, row, sample) for row in rows for sample in range(num_samples)]
     return np.array(seeds, np.uint64).reshape(len(rows), num_samples)
+
+
+def policys_alone(run_seed: int, epoch: int, rows: Sequence[int], share: float) -> Bool:
+    """Which prompts (M,) the policy alone answers, whatever else is sampled from: each with probability ``share``.
+
+    A hash of the run's seed, the epoch and the prompt's row decides, so that it is the same wherever and whenever it
+    is asked; a larger share takes more prompts beside the same ones.
+    """
+    return np.array([seed_of(run_seed, PLAN_DRAWS, epoch, row) < share * 2**63 for row in rows], np.bool_)
 
 
 def spread(verdicts: Verdicts, asked: Sequence[int], count: int) -> Verdicts:
