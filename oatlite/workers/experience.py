@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from oatlite.algorithms.base import Algorithm, Candidate, CandidateSet
 from oatlite.config.schema import Config
-from oatlite.config.steps import candidates_of, prompts_within
+from oatlite.config.steps import candidates_of, is_followed_by_sync, prompts_within
 from oatlite.data import PromptSet, epoch_order
 from oatlite.errors import ConfigError
 from oatlite.layouts import TokenPair
@@ -105,8 +105,7 @@ class Experience:
                 seeds,
                 samplers,
                 SamplingOptions.of(self._config.sampling),
-                is_last_of_version=not self._config.rollout.asynchronous
-                and step % self._config.rollout.sync_every == 0,
+                is_last_of_version=not self._config.rollout.asynchronous and is_followed_by_sync(self._config, step),
             )
         sets = [
             CandidateSet(
