@@ -41,9 +41,9 @@ WORDS = (
 def real_messages(generator: random.Random) -> list[Message]:
     """One of each kind, of the size that a small run sends."""
     numbers = np.random.default_rng(generator.randrange(2**32))
-    num_prompts, num_samplers = generator.randint(1, 6), generator.randint(1, 3)
+    num_prompts, num_samples = generator.randint(1, 6), generator.randint(1, 3)
     lengths = numbers.integers(1, 12, num_prompts).astype(np.int32)
-    responses = numbers.integers(0, 12, num_prompts * num_samplers).astype(np.int32)
+    responses = numbers.integers(0, 12, num_prompts * num_samples).astype(np.int32)
     words = [f"prompt {i} é" for i in range(num_prompts)]
     answers = [f" answer {i}" * generator.randint(0, 3) for i in range(num_prompts)]
     digest = f"{generator.getrandbits(128):032x}"
@@ -53,8 +53,8 @@ def real_messages(generator: random.Random) -> list[Message]:
             "policy_version": generator.randrange(100),
             "prompt_tokens": numbers.integers(0, 1000, int(lengths.sum())).astype(np.int32),
             "prompt_lengths": lengths,
-            "seeds": numbers.integers(0, 2**63, num_prompts * num_samplers).astype(np.uint64),
-            "samplers": ["policy"] * num_samplers,
+            "seeds": numbers.integers(0, 2**63, num_prompts * num_samples).astype(np.uint64),
+            "samplers": ["policy"] * (num_prompts * num_samples),
             "is_last_of_version": generator.random() < 0.5,
             "temperature": 0.7,
             "top_p": 0.95,
@@ -64,7 +64,7 @@ def real_messages(generator: random.Random) -> list[Message]:
         "CandidateBatch": {
             "batch_id": str(generator.randrange(100)),
             "policy_version": generator.randrange(100),
-            "samplers": ["policy"] * num_samplers,
+            "samplers": ["policy"] * (num_prompts * num_samples),
             "response_tokens": numbers.integers(0, 1000, int(responses.sum())).astype(np.int32),
             "response_lengths": responses,
             "sampler_logprobs": -numbers.random(int(responses.sum())).astype(np.float32),

@@ -105,18 +105,18 @@ class InMemoryActors:
         self,
         prompts: Sequence[Int32],
         seeds: UInt64,
-        samplers: Sequence[str],
+        samplers: Sequence[Sequence[str]],
         sampling: SamplingOptions,
         *,
         is_last_of_version: bool = False,
     ) -> tuple[list[list[Candidate]], float]:
-        assert seeds.shape == (len(prompts), len(samplers))
+        assert len(seeds) == len(samplers) == len(prompts)
         assert not self._awaits_weights, "weights were promised before the next samples"
         self._awaits_weights = is_last_of_version
         self.calls.append(f"generate with {self.policy_version}")
         return [
-            [self._sample(prompt, int(seed), sampler, sampling) for seed, sampler in zip(row, samplers, strict=True)]
-            for prompt, row in zip(prompts, seeds, strict=True)
+            [self._sample(prompt, int(seed), sampler, sampling) for seed, sampler in zip(*of_prompt, strict=True)]
+            for prompt, *of_prompt in zip(prompts, seeds, samplers, strict=True)
         ], 0.0
 
     def _sample(self, prompt: Int32, seed: int, sampler: str, sampling: SamplingOptions) -> Candidate:

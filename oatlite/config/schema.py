@@ -114,6 +114,10 @@ class RolloutConfig(Section):
         description="where a prompt's two responses come from: both from the policy, both from the reference, one from "
         "each, or from two mixtures of both",
     )
+    policy_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="with another --sampler than policy: share of prompts all of whose responses are the policy's",
+    )
     prompts_per_step: PerStep = Field(128, description="prompts of one step over all ranks")
     sync_every: PositiveInt = Field(1, description="steps between weight syncs; larger than the run: offline baseline")
     asynchronous: bool = Field(

@@ -1,4 +1,4 @@
-"""How many steps a resolved run has, and how many pairs and gradient steps each of them."""
+"""How many steps a resolved run has, how many pairs and gradient steps each of them, and which policy it leaves."""
 
 from __future__ import annotations
 
@@ -44,6 +44,17 @@ def sync_past_epoch(config: Config, num_prompts: int) -> str | None:
         f"an epoch has {steps} steps of {config.rollout.prompts_per_step} prompts, and actors get new weights every "
         f"{every} (--sync-every {steps} syncs after each epoch)"
     )
+
+
+def newest_version(config: Config, step: int) -> int:
+    """The version of the policy after ``step``: the last step that changed it, and none does where only the head
+    learns."""
+    return 0 if config.explore.head_only else step
+
+
+def is_followed_by_sync(config: Config, step: int) -> bool:
+    """Whether the actors get another policy after ``step``."""
+    return step % config.rollout.sync_every == 0 and newest_version(config, step) == step
 
 
 def gradient_steps(config: Config, step: int, *, passes: int | None = None) -> int:

@@ -13,8 +13,9 @@ from oatlite.errors import ConfigError
 OFFLINE_UNREAD = (
     *("sampling.", "explore.", "oracle.", "remote.", "judge.", "sync.", "lora.sync"),
     "placement.gpus_per_actor",
-    *("rollout.sync_every", "rollout.sampler", "rollout.asynchronous", "rollout.max_staleness"),
-    *("rollout.strict_staleness", "learner.importance_cap", "placement.gpu_memory_utilization", "placement.sleep"),
+    *("rollout.sync_every", "rollout.sampler", "rollout.policy_share", "rollout.asynchronous"),
+    *("rollout.max_staleness", "rollout.strict_staleness"),
+    *("learner.importance_cap", "placement.gpu_memory_utilization", "placement.sleep"),
     *("eval.gold_score", "eval.oracle", "eval.best_of_n", "eval.online", "eval.every_queries"),
 )
 
@@ -59,6 +60,10 @@ def check_read_online(merged: Layer) -> None:
             )
         if key == "sampling.mixture_weight" and sampler != "mixture" and algorithm_of(merged) in ALGORITHM_CONFIGS:
             raise ConfigError(f"{given.source} is for --sampler mixture, and this is {sampler}", "leave it out")
+        if key == "rollout.policy_share" and sampler == "policy":
+            raise ConfigError(
+                f"{given.source} is for --sampler reference, hybrid or mixture, and this is policy", "leave it out"
+            )
 
 
 def _value(merged: Layer, key: str, default: Any) -> Any:

@@ -43,12 +43,12 @@ def _require(condition: bool, what: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest(Message):
-    """Sample ``len(samplers)`` responses for each prompt with the weights of ``policy_version``.
+    """Sample ``num_candidates`` responses for each prompt with the weights of ``policy_version``.
 
-    ``prompt_tokens`` holds all prompts end to end, ``prompt_lengths`` (M,) cuts them; ``seeds`` (M * N,) has one
-    seed per sample, a prompt's N samples side by side. ``samplers`` are of ``oatlite.samplers.SAMPLERS``, of which the
-    reference is the same in all versions. ``is_last_of_version`` says that the next weights come before the next
-    request of this kind. The last four fields are those of ``sampling``.
+    ``prompt_tokens`` holds all prompts end to end, ``prompt_lengths`` (M,) cuts them; ``seeds`` and ``samplers``
+    (M * N,) have one of each per sample, a prompt's N samples side by side. ``samplers`` are of
+    ``oatlite.samplers.SAMPLERS``, of which the reference is the same in all versions. ``is_last_of_version`` says that
+    the next weights come before the next request of this kind. The last four fields are those of ``sampling``.
     """
 
     batch_id: str = text()
@@ -56,12 +56,16 @@ class GenerateRequest(Message):
     prompt_tokens: Int32 = array("int32")
     prompt_lengths: Int32 = array("int32")
     seeds: UInt64 = array("uint64")
-    samplers: list[str] = texts(max_items=1024, max_bytes=32)
+    samplers: list[str] = texts(max_bytes=32)
     is_last_of_version: bool = flag()
     temperature: float = real(0.0, 100.0)
     top_p: float = real(0.0, 1.0)
     top_k: int = integer(0, 1 << 24)
     max_new_tokens: int = integer(1, 1 << 20)
+
+    @property
+    def num_candidates(self) -> int:
+        return self.seeds.size // max(1, self.prompt_lengths.size)
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -75,22 +79,24 @@ class GenerateRequest(Message):
     def validate(self) -> None:
         _require(int(self.prompt_lengths.sum()) == self.prompt_tokens.size, "prompt lengths do not add up")
         _require(bool((self.prompt_lengths > 0).all()), "an empty prompt")
-        _require(self.seeds.size == self.prompt_lengths.size * len(self.samplers), "not one seed per sample")
+        _require(self.seeds.size == self.prompt_lengths.size * self.num_candidates, "prompts without equal shares")
+        _require(self.seeds.size == len(self.samplers), "not one sampler per sample")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidateBatch(Message):
     """The answer to a GenerateRequest; the samples stand in the order of its seeds (M * N,).
 
-    ``sampler_logprobs`` belong to ``response_tokens`` one to one: the log-probability of each sampled token under
-    the distribution of its own sampler, in ``policy_version``, at temperature 1. ``is_finished`` says that the
-    response ended with EOS (a sampled token, present in ``response_tokens``) and not at the length limit. ``wake_s``
-    was spent in waking the engine since the last answer, ``sleep_s`` in putting it to sleep after this one.
+    ``samplers`` are those of the request. ``sampler_logprobs`` belong to ``response_tokens`` one to one: the
+    log-probability of each sampled token under the distribution of its own sampler, in ``policy_version``, at
+    temperature 1. ``is_finished`` says that the response ended with EOS (a sampled token, present in
+    ``response_tokens``) and not at the length limit. ``wake_s`` was spent in waking the engine since the last answer,
+    ``sleep_s`` in putting it to sleep after this one.
     """
 
     batch_id: str = text()
     policy_version: int = integer()
-    samplers: list[str] = texts(max_items=1024, max_bytes=32)
+    samplers: list[str] = texts(max_bytes=32)
     response_tokens: Int32 = array("int32")
     response_lengths: Int32 = array("int32")
     sampler_logprobs: Float32 = array("float32")
@@ -106,6 +112,7 @@ class CandidateBatch(Message):
         _require(self.sampler_logprobs.size == self.response_tokens.size, "not one log-probability per token")
         _require(bool(np.isfinite(self.sampler_logprobs).all()), "a log-probability that is not finite")
         _require(self.is_finished.size == self.response_lengths.size == len(self.texts), "samples do not agree")
+        _require(self.response_lengths.size == len(self.samplers), "not one sampler per sample")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

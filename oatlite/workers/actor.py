@@ -186,10 +186,10 @@ class Actor:
         start = time.perf_counter()
         prompts = cut(request.prompt_tokens, request.prompt_lengths)
         samples = self._engine.generate(
-            [prompt for prompt in prompts for _ in request.samplers],
+            [prompt for prompt in prompts for _ in range(request.num_candidates)],
             request.seeds.tolist(),
             request.sampling,
-            samplers=request.samplers * len(prompts),
+            samplers=request.samplers,
         )
         generate_s = time.perf_counter() - start
         sleep_s = self._rest.sleep(is_last_of_version=request.is_last_of_version)

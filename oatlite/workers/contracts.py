@@ -34,7 +34,7 @@ class Actors(Protocol):
         self,
         prompts: Sequence[Int32],
         seeds: UInt64,
-        samplers: Sequence[str],
+        samplers: Sequence[Sequence[str]],
         sampling: SamplingOptions,
         *,
         is_last_of_version: bool = False,

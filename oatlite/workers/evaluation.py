@@ -127,7 +127,8 @@ class Judge:
         seeds = sample_seeds(self._config.run.seed, EVAL_SEEDS, 0, rows, config.best_of_n)
         tokens = [self._held_out.tokens[i] for i in mine]
         with self._shows.doing("generate", f"{seeds.size} samples for the evaluation"):
-            candidates, _ = self._actors.generate(tokens, seeds, ["policy"] * config.best_of_n, sampling)
+            samplers = [["policy"] * config.best_of_n] * len(tokens)
+            candidates, _ = self._actors.generate(tokens, seeds, samplers, sampling)
         if self._head is not None and config.best_of_n > 1:
             sets = [
                 CandidateSet(prompt=prompt, prompt_tokens=self._held_out.tokens[i], candidates=found)

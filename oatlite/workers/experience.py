@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from oatlite.algorithms.base import Algorithm, Candidate, CandidateSet
 from oatlite.config.schema import Config
-from oatlite.config.steps import candidates_of, prompts_within
+from oatlite.config.steps import candidates_of, is_followed_by_sync, prompts_within
 from oatlite.data import PromptSet, epoch_order
 from oatlite.errors import ConfigError
 from oatlite.layouts import TokenPair
@@ -29,6 +29,7 @@ from oatlite.workers.gold import GoldScore
 from oatlite.workers.reference_scores import ReferenceScores, ScorePairs
 
 TRAIN_SEEDS, EVAL_SEEDS, SELECT_DRAWS, VERDICT_DRAWS, FLIP_DRAWS = range(5)
+PLAN_DRAWS = 6
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,6 +80,7 @@ class Experience:
         self._shows = shows
         self._gold = gold
         self._explorer = explorer
+        self._policy_share = config.rollout.policy_share if config.rollout.sampler != "policy" else 0.0
         self._reference_scores = None
         if explorer is None and algorithm.needs.reference_scores:
             assert score_by_reference is not None
@@ -93,18 +95,17 @@ class Experience:
         if self._config.data.max_queries is not None:
             of_step = of_step[: prompts_within(self._config, self._config.data.max_queries - num_queries, step)]
         indices: list[int] = self._share.of(of_step)
-        samplers = self._plan()
-        seeds = sample_seeds(
-            self._config.run.seed, TRAIN_SEEDS, epoch, self._prompts.rows[indices].tolist(), len(samplers)
-        )
+        plan, rows = self._plan(), self._prompts.rows[indices].tolist()
+        seeds = sample_seeds(self._config.run.seed, TRAIN_SEEDS, epoch, rows, len(plan))
+        is_policys = policys_alone(self._config.run.seed, epoch, rows, self._policy_share)
+        samplers = [["policy"] * len(plan) if is_alone else plan for is_alone in is_policys]
         with self._shows.doing("generate", f"step {step}"):
             found, generate_s = self._actors.generate(
                 [self._prompts.tokens[i] for i in indices],
                 seeds,
                 samplers,
                 SamplingOptions.of(self._config.sampling),
-                is_last_of_version=not self._config.rollout.asynchronous
-                and step % self._config.rollout.sync_every == 0,
+                is_last_of_version=not self._config.rollout.asynchronous and is_followed_by_sync(self._config, step),
             )
         sets = [
             CandidateSet(
@@ -114,7 +115,7 @@ class Experience:
         ]
         choice = None
         if self._explorer is not None:
-            with self._shows.doing("score", f"step {step}, {len(samplers)} candidates each"):
+            with self._shows.doing("score", f"step {step}, {len(plan)} candidates each"):
                 choice = self._explorer.choose(sets, step)
             duels = choice.duels
         else:
@@ -147,6 +148,8 @@ class Experience:
             generate_s=generate_s,
             score_s=score_s,
         )
+        if self._policy_share:
+            rollouts.means["policy_share"] = Mean(float(is_policys.sum()), len(rows))
         first_wins = self._add_pairs(rollouts, step, contests, first, second, verdicts, is_own)
         if choice is not None:
             self._teach(rollouts, choice, first_wins, num_queries)
@@ -289,6 +292,15 @@ def sample_seeds(run_seed: int, purpose: int, epoch: int, rows: Sequence[int], n
     """
     seeds = [seed_of(run_seed, purpose, epoch, row, sample) for row in rows for sample in range(num_samples)]
     return np.array(seeds, np.uint64).reshape(len(rows), num_samples)
+
+
+def policys_alone(run_seed: int, epoch: int, rows: Sequence[int], share: float) -> Bool:
+    """Which prompts (M,) the policy alone answers, whatever else is sampled from: each with probability ``share``.
+
+    A hash of the run's seed, the epoch and the prompt's row decides, so that it is the same wherever and whenever it
+    is asked; a larger share takes more prompts beside the same ones.
+    """
+    return np.array([seed_of(run_seed, PLAN_DRAWS, epoch, row) < share * 2**63 for row in rows], np.bool_)
 
 
 def spread(verdicts: Verdicts, asked: Sequence[int], count: int) -> Verdicts:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from oatlite.config.schema import Config
+from oatlite.config.steps import is_followed_by_sync, newest_version
 from oatlite.errors import WorkerDied
 from oatlite.metrics.records import Mean
 from oatlite.workers.ahead import Ahead
@@ -85,7 +86,7 @@ class Learner:
                 with self._shows.doing("generate", f"version {step} waits for the batch under way"):
                     self._ahead.pause()
                 clock.lap("pause_s")
-            if self._actors is not None and step % config.rollout.sync_every == 0:
+            if self._actors is not None and is_followed_by_sync(config, step):
                 self._sync(self._actors, step, self._policies.adopt)
             clock.lap("sync_s")
             before = self._progress.num_queries
@@ -99,7 +100,7 @@ class Learner:
             is_due = is_stopping or is_last or step % config.checkpoint.save_every == 0
             if self._keeper is not None and is_due:  # the last step too: the model may not find room
                 with self._shows.doing("save", f"step {step}"):
-                    self._keeper.save(self._progress)
+                    self._keeper.save(self._progress, newest_version(config, step))
             if is_stopping:
                 return False
             if is_last:
@@ -168,7 +169,7 @@ class Learner:
     def _newest_at_actors(self, step: int) -> Iterator[None]:
         """Where the actors hold an older policy than that of ``step``, push the newest and restore theirs after."""
         actors = self._actors
-        if actors is None or actors.policy_version == step:
+        if actors is None or actors.policy_version == newest_version(self._config, step):
             yield
             return
         behaviour_version = actors.policy_version
@@ -229,7 +230,7 @@ class Learner:
             lr=stats.lr,
             gradient_steps=stats.num_steps,
             mismatch_max=stats.mismatch_max if means["mismatch_mean"].count else None,
-            staleness=step - 1 - sampled_with if sampled_with is not None else None,
+            staleness=newest_version(self._config, step - 1) - sampled_with if sampled_with is not None else None,
             trained_pairs=trained,
             unusable_pairs=pairs - trained,
             without_verdict=without_verdict if actors is not None else None,

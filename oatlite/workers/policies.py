@@ -17,7 +17,8 @@ MODULE_PREFIX = "model."  # PairModel holds the policy under this name
 
 def behaviour_is_kept(config: Config) -> bool:
     """Whether an actor that restarts needs other weights than the learner's as they are then."""
-    return config.rollout.sync_every > 1 or config.rollout.asynchronous or config.learner.zero_stage == 3
+    lags = (config.rollout.sync_every > 1 or config.rollout.asynchronous) and not config.explore.head_only
+    return lags or config.learner.zero_stage == 3
 
 
 class PolicyWeights:

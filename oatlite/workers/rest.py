@@ -39,8 +39,8 @@ class Rest(Awake):
     """An engine that shares its GPU, and sleeps whenever it does not generate or take weights.
 
     After the last samples of a version come other weights, all of them, so its own are dropped. They are kept in
-    host memory where the same version is sampled from again (``rollout.sync_every`` above 1, and each evaluation) and
-    where ``has_adapter``, whose base is never sent.
+    host memory where the same version is sampled from again (``rollout.sync_every`` above 1, each evaluation, and where
+    only the head learns) and where ``has_adapter``, whose base is never sent.
     """
 
     def __init__(self, engine: Engine, turn: Turn, *, has_adapter: bool) -> None:

@@ -104,12 +104,12 @@ class ActorPool:
         self,
         prompts: Sequence[Int32],
         seeds: UInt64,
-        samplers: Sequence[str],
+        samplers: Sequence[Sequence[str]],
         sampling: SamplingOptions,
         *,
         is_last_of_version: bool = False,
     ) -> tuple[list[list[Candidate]], float]:
-        """Sample ``len(samplers)`` candidates for each of M prompts; ``seeds`` is (M, N).
+        """Sample N candidates for each of M prompts; ``seeds`` and ``samplers`` are (M, N).
 
         ``is_last_of_version`` promises that a sync comes before the next call. Returns the candidates and the longest
         time that an actor spent generating, in seconds.
@@ -125,12 +125,13 @@ class ActorPool:
                 prompt_tokens=tokens,
                 prompt_lengths=lengths,
                 seeds=seeds[part].reshape(-1),
-                samplers=list(samplers),
+                samplers=[sampler for several in samplers[part] for sampler in several],
                 is_last_of_version=is_last_of_version,
                 **asdict(sampling),
             )
         answers = self._exchange(requests, CandidateBatch, self._deadlines.generate_s, self._answers_generate)
-        candidates = [candidate for peer in parts for candidate in _candidates(answers[peer], len(samplers))]
+        num_candidates = seeds.shape[1]
+        candidates = [several for peer in parts for several in _candidates(answers[peer], num_candidates)]
         self.sleep_s += max((answer.sleep_s for answer in answers.values()), default=0.0)
         self.wake_s += max((answer.wake_s for answer in answers.values()), default=0.0)
         return candidates, max((answer.generate_s for answer in answers.values()), default=0.0)
@@ -306,7 +307,6 @@ class ActorPool:
             answer.batch_id == request.batch_id
             and answer.policy_version == request.policy_version
             and answer.samplers == request.samplers
-            and answer.response_lengths.size == request.seeds.size
             and int(answer.response_lengths.max(initial=0)) <= request.max_new_tokens
             and (tokens.size == 0 or (int(tokens.min()) >= 0 and int(tokens.max()) < self._vocab_size))
         )
@@ -372,7 +372,7 @@ def _candidates(answer: CandidateBatch, num_candidates: int) -> list[list[Candid
             logprobs=logprobs[i],
             text=answer.texts[i],
             is_finished=bool(answer.is_finished[i]),
-            sampler=answer.samplers[i % num_candidates],
+            sampler=answer.samplers[i],
         )
         for i in range(len(tokens))
     ]

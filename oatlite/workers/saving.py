@@ -38,7 +38,7 @@ class Progress:
 class Saves(Protocol):
     """What the loop needs of checkpoints; :class:`Keeper` is the real one."""
 
-    def save(self, progress: Progress) -> None: ...
+    def save(self, progress: Progress, newest_version: int) -> None: ...
 
 
 class Keeper:
@@ -69,8 +69,11 @@ class Keeper:
         self._about = dict(about)
         self._explorer = explorer
 
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint; all ranks together. Raises StorageError; the checkpoints before it stay whole."""
+    def save(self, progress: Progress, newest_version: int) -> None:
+        """Write a checkpoint; all ranks together. Raises StorageError; the checkpoints before it stay whole.
+
+        ``newest_version`` is that of the weights which the trainer holds.
+        """
         writer = CheckpointWriter(self._root, progress.step)
         if self._rank == 0:
             writer.begin()
@@ -78,7 +81,7 @@ class Keeper:
         self._trainer.save(writer.folder, writer.open)
         with writer.open(_buffer_name(self._rank)) as file:
             file.write(pack(self._buffer))
-        lagging = self._policies.lagging_behaviour if progress.policy_version != progress.step else None
+        lagging = self._policies.lagging_behaviour if progress.policy_version != newest_version else None
         if lagging is not None and self._rank == 0:
             with writer.open(BEHAVIOUR) as file:
                 file.write(save(lagging))

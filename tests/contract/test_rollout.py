@@ -176,7 +176,7 @@ def response_of(prompt, seed):
 
 def generated(request):
     prompts = cut(request.prompt_tokens, request.prompt_lengths)
-    pairs = zip(np.repeat(np.arange(len(prompts)), len(request.samplers)), request.seeds.tolist(), strict=True)
+    pairs = zip(np.repeat(np.arange(len(prompts)), request.num_candidates), request.seeds.tolist(), strict=True)
     samples = [response_of(prompts[i], seed) for i, seed in pairs]
     tokens, lengths = join([tokens for tokens, _ in samples], "int32")
     return CandidateBatch(
@@ -289,16 +289,17 @@ class World:
 
 PROMPTS = [np.arange(i + 1, 2 * i + 2, dtype=np.int32) for i in range(5)]
 SEEDS = np.arange(100, 110, dtype=np.uint64).reshape(5, 2)
+SAMPLERS = [["policy", "mixture"], ["mixture", "policy"], ["policy", "policy"], ["reference"] * 2, ["mixture"] * 2]
 
 
 def generate(pool, count=5, **promises):
-    return pool.generate(PROMPTS[:count], SEEDS[:count], ["policy", "mixture"], SAMPLING, **promises)
+    return pool.generate(PROMPTS[:count], SEEDS[:count], SAMPLERS[:count], SAMPLING, **promises)
 
 
 def assert_generated(candidates, count=5):
     assert len(candidates) == count
-    for prompt, seeds, several in zip(PROMPTS, SEEDS.tolist(), candidates, strict=False):
-        assert [candidate.sampler for candidate in several] == ["policy", "mixture"]
+    for prompt, seeds, samplers, several in zip(PROMPTS, SEEDS.tolist(), SAMPLERS, candidates, strict=False):
+        assert [candidate.sampler for candidate in several] == samplers
         for seed, candidate in zip(seeds, several, strict=True):
             tokens, text = response_of(prompt, seed)
             assert candidate.text == text
@@ -353,7 +354,7 @@ def test_prompts_are_split_over_actors_and_their_candidates_come_back_in_order(w
     assert seconds == 2.0 * max(asked, default=0)
     for actor in world.actors:
         for request in actor.received(GenerateRequest):
-            assert request.policy_version == 1 and request.samplers == ["policy", "mixture"]
+            assert request.policy_version == 1 and request.num_candidates == 2
             assert request.sampling == SAMPLING
 
 
@@ -435,6 +436,7 @@ SPOILT_CANDIDATES = {
     "a token past the vocabulary": spoilt(response_tokens=with_first_token(VOCAB_SIZE)),
     "a negative token": spoilt(response_tokens=with_first_token(-1)),
     "one sample less": spoilt(
+        samplers=lambda v: v[1:],
         response_lengths=lambda v: np.array([v[0] + v[1], *v[2:]], np.int32),
         is_finished=lambda v: v[1:],
         texts=lambda v: v[1:],

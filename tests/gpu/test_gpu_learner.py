@@ -129,7 +129,7 @@ def test_an_actor_samples_with_the_weights_that_it_was_sent(scale: Scale, family
                 for parameter in parameters.values():
                     parameter.add_(0.1 * torch.randn_like(parameter))
             pool.sync(version, source)
-            candidates, _ = pool.generate(prompts, seeds, ["policy"], greedy)
+            candidates, _ = pool.generate(prompts, seeds, [["policy"]] * len(prompts), greedy)
             for prompt, (candidate,) in zip(prompts, candidates, strict=True):
                 expected = greedy_tokens(model, prompt, DECIDED[scale.dtype_name])
                 found = candidate.tokens[: len(expected)].tolist()

@@ -60,7 +60,8 @@ class Run:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with path.open() as file:  # str.splitlines ends a line within a text too
+        return [json.loads(line) for line in file]
 
 
 def command(inputs: Inputs, folder: Path, *more: str) -> list[str]:

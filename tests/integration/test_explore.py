@@ -106,6 +106,7 @@ def test_two_ranks_hold_the_same_head_and_pairrm_gives_features(demo: Inputs, tm
     assert run.exit_code == 0, run.output
     steps = run.records("step")
     assert [record["trained_pairs"] for record in steps] == [0, 0, 0]
+    assert [(record["policy_version"], record["staleness"]) for record in steps] == [(0, 0)] * 3
     assert "trains on nothing" not in run.output
     (head,) = (run.folder / "checkpoints").glob("*/head.safetensors")
     saved = load_file(head)

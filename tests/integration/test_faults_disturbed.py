@@ -110,7 +110,7 @@ def unexpected(run_id: str) -> list[Message]:
             run_id=run_id,
             batch_id="1",
             policy_version=0,
-            samplers=["policy", "policy"],
+            samplers=[],
             response_tokens=none,
             response_lengths=none,
             sampler_logprobs=none.astype(np.float32),

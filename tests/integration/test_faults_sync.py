@@ -76,5 +76,5 @@ def test_an_actor_killed_in_the_middle_of_an_update_is_replaced_by_one_of_the_ne
 
 
 def sampled(pool) -> list[list[int]]:
-    candidates, _ = pool.generate(PROMPTS, np.zeros((len(PROMPTS), 1), np.uint64), ["policy"], GREEDY)
+    candidates, _ = pool.generate(PROMPTS, np.zeros((len(PROMPTS), 1), np.uint64), [["policy"]] * len(PROMPTS), GREEDY)
     return [several[0].tokens.tolist() for several in candidates]

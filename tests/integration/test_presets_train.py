@@ -46,9 +46,14 @@ def test_a_preset_trains(name: str, demo: Inputs, tmp_path: Path) -> None:
         "hybrid": both,
         "mixture": {"mixture-plus", "mixture-minus"},
     }[config.rollout.sampler]
-    assert all(set(row["samplers"]) == expected for row in rows)
-    assert {row["samplers"][0] for row in rows} == expected, "one side wins always"
+    alone = [row for row in rows if config.rollout.policy_share and set(row["samplers"]) == {"policy"}]
+    assert bool(alone) == bool(config.rollout.policy_share)
+    if alone:
+        assert sum(record["policy_share"] for record in steps) * 16 == pytest.approx(len(alone))
+    others = [row for row in rows if row not in alone]
+    assert all(set(row["samplers"]) == expected for row in others)
+    assert {row["samplers"][0] for row in others} == expected, "one side wins always"
     compared = [record["mismatch_mean"] for record in steps if "mismatch_mean" in record]
-    assert bool(compared) == ("policy" in expected and not config.explore.head_only)
+    assert bool(compared) == (("policy" in expected or bool(alone)) and not config.explore.head_only)
     assert all(mismatch < 1e-3 for mismatch in compared)
     assert not leftovers(run.folder)

@@ -56,6 +56,17 @@ EXPLORED = (
     *("--explore", "sea-bai", "--num-candidates", "3", "--set", "explore.members=5", "--best-of-n", "2"),
     *("--set", "explore.self_label_ratio=0.25", "--set", "explore.burn_in=2"),
 )
+# Where it alone learns, the actors hold one policy version to the end.
+HEAD_ONLY = (
+    *("--actors", "2", "--learners", "2", "--micro-batch-size", "4", "--set", "learner.zero_stage=3"),
+    *("--explore", "sea-ee", "--num-candidates", "3", "--set", "explore.members=5", "--best-of-n", "2"),
+    *("--set", "explore.head_only=true"),
+)
+# Some prompts are answered by the policy alone, the same ones again.
+SHARED = (
+    *("--algo", "dpo", "--actors", "2", "--learners", "2", "--micro-batch-size", "4"),
+    *("--sampler", "mixture", "--set", "rollout.policy_share=0.3"),
+)
 
 
 def wait_for_line(process: subprocess.Popen[str], words: str) -> str:
@@ -173,6 +184,8 @@ def test_a_run_whose_model_was_not_saved_is_resumed_after_its_last_step(
         pytest.param(ADAPTER, id="adapter", marks=pytest.mark.long),
         pytest.param(OFFLINE, id="offline", marks=pytest.mark.long),
         pytest.param(EXPLORED, id="explored"),
+        pytest.param(HEAD_ONLY, id="head only", marks=pytest.mark.long),
+        pytest.param(SHARED, id="shared", marks=pytest.mark.long),
     ],
 )
 def test_ranks_go_on_as_if_nothing_had_been(case: tuple[str, ...], llama: Inputs, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_sync_moves_the_policy_and_not_the_reference_and_a_swap_changes_nothin
     seeds = np.zeros((len(texts), 1), np.uint64)
 
     def tokens(sampler: str) -> list[list[int]]:
-        found, _ = pool.generate(texts, seeds, [sampler], GREEDY)
+        found, _ = pool.generate(texts, seeds, [[sampler]] * len(texts), GREEDY)
         return [candidates[0].tokens.tolist() for candidates in found]
 
     assert pool.policy_version == 0, "no sync has been"
@@ -159,7 +159,7 @@ def test_tokens_are_counted_as_often_as_their_distributions_say(pool: ActorPool,
     start = time.perf_counter()
     for call in range(CALLS):
         seeds = np.random.default_rng(call).integers(0, 2**62, (len(texts), len(samplers))).astype(np.uint64)
-        found, _ = pool.generate(texts, seeds, samplers, RANDOM)
+        found, _ = pool.generate(texts, seeds, [samplers] * len(texts), RANDOM)
         for m, candidates in enumerate(found):
             for candidate in candidates:
                 tokens = candidate.tokens.tolist()
@@ -192,10 +192,11 @@ def test_tokens_are_counted_as_often_as_their_distributions_say(pool: ActorPool,
 def test_a_sample_does_not_depend_on_what_else_is_in_its_request(pool: ActorPool) -> None:
     texts = prompts()
     seeds = np.arange(len(texts) * len(SAMPLERS), dtype=np.uint64).reshape(len(texts), -1) + np.uint64(100)
-    together, _ = pool.generate(texts, seeds, list(SAMPLERS), RANDOM)
-    for n, sampler in enumerate(SAMPLERS):
-        alone, _ = pool.generate(texts, seeds[:, n : n + 1].copy(), [sampler], RANDOM)
-        for m in range(len(texts)):
-            assert together[m][n].sampler == alone[m][0].sampler == sampler
-            assert together[m][n].tokens.tolist() == alone[m][0].tokens.tolist()
-            assert together[m][n].logprobs == pytest.approx(alone[m][0].logprobs, abs=1e-4)
+    samplers = [[SAMPLERS[m - n] for n in range(len(SAMPLERS))] for m in range(len(texts))]  # by prompt another order
+    together, _ = pool.generate(texts, seeds, samplers, RANDOM)
+    for m, text in enumerate(texts):
+        for n, sampler in enumerate(samplers[m]):
+            [[alone]], _ = pool.generate([text], seeds[m : m + 1, n : n + 1].copy(), [[sampler]], RANDOM)
+            assert together[m][n].sampler == alone.sampler == sampler
+            assert together[m][n].tokens.tolist() == alone.tokens.tolist()
+            assert together[m][n].logprobs == pytest.approx(alone.logprobs, abs=1e-4)

@@ -93,7 +93,7 @@ def assert_synced(pool: ActorPool, model: torch.nn.Module, num_buckets: int) -> 
 
     for version in range(3):
         assert len(set(pool.sync(version, source))) == num_buckets > 1
-        found, _ = pool.generate(prompts, np.zeros((len(prompts), 1), np.uint64), ["policy"], GREEDY)
+        found, _ = pool.generate(prompts, np.zeros((len(prompts), 1), np.uint64), [["policy"]] * len(prompts), GREEDY)
         seen.append([one[0].tokens.tolist() for one in found])
         expected = [decided_tokens(model, prompt, MAX_NEW_TOKENS) for prompt in prompts]
         assert sum(map(len, expected)) > 50, "too little was decided to say anything"

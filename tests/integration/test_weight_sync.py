@@ -78,7 +78,7 @@ def test_greedy_tokens_equal_hugging_faces(
             checksums = pool.sync(version, source)
             assert len(set(checksums)) == len(checksums) == layout.num_buckets
             seeds = np.zeros((len(prompts), len(samplers)), np.uint64)
-            found, _ = pool.generate(prompts, seeds, samplers, GREEDY)
+            found, _ = pool.generate(prompts, seeds, [samplers] * len(prompts), GREEDY)
             for k, behind in enumerate(models):
                 expected = [decided_tokens(behind, prompt, MAX_NEW_TOKENS) for prompt in prompts]
                 for candidates, wanted in zip(found, expected, strict=True):

@@ -144,7 +144,8 @@ SAMPLERS = {"learner.weight_decay": 0.0, "learner.adam_betas": (0.9, 0.999), "le
             | {"explore.certainty_share": 0.125},
         ),
         ("tldr-xpo", DPO_REMOTE | {"algorithm.name": "xpo", "algorithm.alpha": 5e-6}),
-        *((name, SAMPLERS) for name in ("ref", "online", "gshf", "mixp")),
+        *((name, SAMPLERS | {"rollout.policy_share": 0.0}) for name in ("ref", "online", "gshf")),
+        ("mixp", SAMPLERS | {"rollout.policy_share": 0.3, "sampling.mixture_weight": 0.5}),
     ],
 )
 def test_a_preset_sets_what_the_command_that_it_stands_for_sets(preset: str, values: dict[str, Any]) -> None:
@@ -195,7 +196,7 @@ def test_the_presets_of_the_samplers_differ_in_the_sampler() -> None:
     assert samplers == {"ref": "reference", "online": "policy", "gshf": "hybrid", "mixp": "mixture"}
     online = presets["online"]
     for config in presets.values():
-        same = config.rollout.model_copy(update={"sampler": "policy"})
+        same = config.rollout.model_copy(update={"sampler": "policy", "policy_share": 0.0})
         assert config.model_copy(update={"rollout": same, "run": online.run}) == online
     steps_of_iteration = online.rollout.sync_every
     assert num_steps(online) == 3 * steps_of_iteration
@@ -209,6 +210,7 @@ def test_the_presets_of_the_samplers_differ_in_the_sampler() -> None:
         ("sea-ee", "explore.entropy_share=0.2", "is for --explore apl, and this is sea-ee"),
         ("sea-bai", "explore.max_tries=2", "is for --explore sea-ee, and this is sea-bai"),
         ("passive", "explore.uncertainty=logits", "is for --explore sea-bai or uncertainty, and this is passive"),
+        ("none", "rollout.policy_share=0.3", "is for --sampler reference, hybrid or mixture, and this is policy"),
         ("none", "sampling.mixture_weight=0.3", "is for --sampler mixture, and this is policy"),
         ("sea-bai", "explore.burn_in=3", "add --set explore.self_label_ratio=0.3, or leave it out"),
         ("passive", "explore.num_candidates=4", "add --set explore.self_label_ratio=0.3, or leave it out"),

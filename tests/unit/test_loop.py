@@ -523,6 +523,9 @@ def test_where_only_the_head_learns_the_policy_stays_and_its_best_of_n_improves(
     run = rehearse(algorithm(DPO), share_of_e, steps=12, settings=settings)
     assert torch.equal(run.policy.logits, BigramPolicy(0).logits)
     assert [record["trained_pairs"] for record in run.journal.of("step")] == [0] * 12
+    assert not [call for call in run.calls if call.startswith("sync")], "the actors hold it already"
+    held = {(record["policy_version"], record["staleness"]) for record in run.journal.of("step")}
+    assert held == {(0, 0)}
     assert run.journal.notes == []
     first, last = run.journal.of("eval")[0], run.journal.of("eval")[-1]
     assert last["reward"] > first["reward"] + 0.3

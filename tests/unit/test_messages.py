@@ -68,7 +68,7 @@ EXAMPLES = {
             prompt_tokens=i32(5, 6, 7),
             prompt_lengths=i32(1, 2),
             seeds=np.array([0, 1, 2**64 - 1, 3], np.uint64),
-            samplers=["policy", "policy"],
+            samplers=["policy", "reference", "policy", "policy"],
             is_last_of_version=True,
             temperature=1.0,
             top_p=0.9,
@@ -250,11 +250,11 @@ def any_message(draw):
     if cls is GenerateRequest:
         values["prompt_lengths"] = i32(*lengths)
         resize(sum(lengths), "prompt_tokens")
-        resize(count * len(values["samplers"]), "seeds")
+        resize(count * draw(st.integers(0, 3)), "seeds", "samplers")
     elif cls is CandidateBatch:
         values["response_lengths"] = i32(*lengths)
         resize(sum(lengths), "response_tokens", "sampler_logprobs")
-        resize(count, "is_finished", "texts")
+        resize(count, "is_finished", "texts", "samplers")
     elif cls is CompareRequest:
         values["purpose"] = draw(st.sampled_from(["train", "eval"]))
         resize(count, "prompts", "first", "second")
@@ -433,7 +433,9 @@ INCONSISTENT = {
     "an empty prompt": changed("GenerateRequest", prompt_lengths=i32(3, 0)),
     "a negative prompt length": changed("GenerateRequest", prompt_lengths=i32(4, -1)),
     "a seed missing": changed("GenerateRequest", seeds=np.zeros(3, np.uint64)),
-    "a sampler missing": changed("GenerateRequest", samplers=["policy"]),
+    "a sampler missing": changed("GenerateRequest", samplers=["policy"] * 3),
+    "a prompt with fewer samples": changed("GenerateRequest", seeds=np.zeros(3, np.uint64), samplers=["policy"] * 3),
+    "samples of no prompt": changed("GenerateRequest", prompt_tokens=i32(), prompt_lengths=i32()),
     "response lengths": changed("CandidateBatch", response_lengths=i32(1, 1)),
     "a negative response length": changed("CandidateBatch", response_lengths=i32(4, -1)),
     "a log-probability missing": changed("CandidateBatch", sampler_logprobs=f32(-1, -1)),
@@ -441,6 +443,7 @@ INCONSISTENT = {
     "an infinite log-probability": changed("CandidateBatch", sampler_logprobs=f32(-1, -np.inf, -1)),
     "a flag missing": changed("CandidateBatch", is_finished=np.array([True])),
     "a text missing": changed("CandidateBatch", texts=["a"]),
+    "a response of no sampler": changed("CandidateBatch", samplers=["policy"]),
     "a first missing": changed("CompareRequest", first=["a"]),
     "a second missing": changed("CompareRequest", second=["a"]),
     "a reference missing": changed("CompareRequest", references=["a"]),

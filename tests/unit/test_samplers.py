@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from oatlite.algorithms import build_algorithm
 from oatlite.config.algorithms import DPOConfig, SimPOConfig, XPOConfig
 from oatlite.config.load import load_config, resolve
+from oatlite.config.schema import Config
 from oatlite.engine import Engine, EngineOptions, State
 from oatlite.engine.mixing import REFERENCE_CACHE_BYTES, waves
 from oatlite.engine.swap import SwappedWeights
@@ -24,8 +25,18 @@ from oatlite.lora import AdapterOptions
 from oatlite.maths.samplers import mixed_logprobs
 from oatlite.samplers import PLANS, SAMPLERS, coefficients, sampling_plan
 from oatlite.sampling import SamplingOptions
-from oatlite.testing import LETTERS, BigramPolicy, FunctionOracle, InMemoryActors, Rehearsal, rehearse
+from oatlite.testing import (
+    LETTERS,
+    BigramPolicy,
+    FunctionOracle,
+    InMemoryActors,
+    Rehearsal,
+    letter_prompts,
+    rehearse,
+)
 from oatlite.workers.buffer import PairBuffer, TrainingPair
+from oatlite.workers.contracts import Share
+from oatlite.workers.experience import Experience, policys_alone
 from oatlite.workers.saving import pack, unpack
 
 NUM_COUNTED = 4000
@@ -94,6 +105,12 @@ def test_an_adapters_base_and_its_mixtures_can_be_sampled_from(tmp_path: Path, m
         assert config.rollout.sampler == more["rollout.sampler"]
 
 
+@pytest.mark.parametrize(("share", "words"), [(-0.1, "at least 0"), (1.0, "less than 1"), ("half", "a number")])
+def test_a_share_is_at_least_zero_and_below_one(share: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^rollout\.policy_share = .* must be {words}[^\n]*$"):
+        load_config(flags=OWN | {"rollout.sampler": "mixture", "rollout.policy_share": share}, num_gpus=0)
+
+
 # Distributions
 
 
@@ -133,7 +150,7 @@ def test_the_stand_ins_sample_from_what_they_say() -> None:
     def sample(count: int) -> list[list[Any]]:
         seeds = np.arange(count * len(SAMPLERS), dtype=np.uint64).reshape(count, -1)
         options = SamplingOptions(temperature=0.7, max_new_tokens=1)
-        return actors.generate([np.array([5], np.int32)] * count, seeds, SAMPLERS, options)[0]
+        return actors.generate([np.array([5], np.int32)] * count, seeds, [SAMPLERS] * count, options)[0]
 
     @contextmanager
     def source(names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
@@ -160,9 +177,14 @@ def test_the_stand_ins_sample_from_what_they_say() -> None:
 # The loop
 
 
-def rehearsed(sampler: str, config: Any = None, **more: Any) -> Rehearsal:
-    algorithm = build_algorithm(config or DPOConfig(beta=1.0))
-    return rehearse(algorithm, share_of_e, settings={"rollout": {"sampler": sampler}}, **more)
+class Quiet:
+    def doing(self, stage: str, detail: str = "") -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def rehearsed(sampler: str, rollout: dict[str, Any] | None = None, **more: Any) -> Rehearsal:
+    settings = {"rollout": {"sampler": sampler} | (rollout or {})}
+    return rehearse(build_algorithm(DPOConfig(beta=1.0)), share_of_e, settings=settings, **more)
 
 
 @pytest.mark.parametrize("sampler", ["reference", "hybrid", "mixture"])
@@ -179,6 +201,53 @@ def test_only_what_the_policy_sampled_says_how_well_sampler_and_learner_agree() 
     records = rehearsed("hybrid", steps=6).journal.of("step")
     assert abs(records[-1]["kl"]) > 1e-3, "the policy has not moved, and all samplers are the same"
     assert all(record["mismatch_max"] < 1e-5 for record in records)
+
+
+def test_a_share_of_prompts_is_drawn_once_and_for_all() -> None:
+    drawn = policys_alone(1, 0, range(10_000), 0.3)
+    assert abs(drawn.sum() - 3000) < 4 * np.sqrt(10_000 * 0.3 * 0.7)
+    assert policys_alone(1, 0, range(4000, 5000), 0.3).tolist() == drawn[4000:5000].tolist(), "by prompt"
+    assert (policys_alone(1, 0, range(10_000), 0.5) >= drawn).all(), "a larger share takes others beside them"
+    for other in (policys_alone(1, 1, range(10_000), 0.3), policys_alone(2, 0, range(10_000), 0.3)):
+        both = int((other & drawn).sum())
+        assert abs(both - 900) < 4 * np.sqrt(10_000 * 0.09 * 0.91), "independent of the other epoch or seed"
+    assert not policys_alone(1, 0, range(10_000), 0.0).any()
+
+
+@pytest.mark.parametrize("sampler", ["reference", "hybrid", "mixture"])
+def test_a_share_of_prompts_is_the_policys_alone_and_the_others_are_as_without_it(sampler: str) -> None:
+    run = rehearsed(sampler, {"policy_share": 0.3}, steps=8)
+    without = rehearsed(sampler, steps=1).journal.pairs
+    alone = {("policy", "policy"): True, tuple(sorted(PLANS[sampler])): False}
+    is_alone = [alone[tuple(sorted(row["samplers"]))] for row in run.journal.pairs]
+    for record in run.journal.of("step"):
+        of_step = [is_alone[i] for i, row in enumerate(run.journal.pairs) if row["step"] == record["step"]]
+        assert record["policy_share"] == pytest.approx(sum(of_step) / 32)
+        assert record["mismatch_max"] < 1e-5, "which the policy's responses alone can show"
+    assert 0.2 < np.mean(is_alone) < 0.4
+    others = [i for i, row in enumerate(run.journal.pairs) if row["step"] == 1 and not is_alone[i]]
+    assert [run.journal.pairs[i] for i in others] == [without[i] for i in others]
+    assert all("policy_share" not in record for record in rehearsed(sampler, steps=1).journal.of("step"))
+
+
+def test_the_policys_share_is_not_read_where_all_are_the_policys() -> None:
+    (record,) = rehearsed("policy", {"policy_share": 0.3}, steps=1).journal.of("step")
+    assert "policy_share" not in record
+
+
+def test_the_same_prompts_are_the_policys_alone_on_any_number_of_ranks_and_after_a_restart() -> None:
+    rollout = {"sampler": "mixture", "policy_share": 0.3, "prompts_per_step": 32}
+    config = Config.model_validate({"rollout": rollout, "sampling": {"max_new_tokens": 8}})
+
+    def collected(step: int, rank: int, count: int) -> list[dict[str, Any]]:
+        """By a rank that has collected nothing before."""
+        actors = InMemoryActors(FunctionOracle(share_of_e), BigramPolicy(0))
+        parts = config, Share(rank=rank, count=count), letter_prompts(64), build_algorithm(DPOConfig())
+        return Experience(*parts, actors, Quiet(), None).collect(step, 0).rows
+
+    for step in (1, 4):  # the second one is in the second epoch
+        assert len({tuple(sorted(row["samplers"])) for row in collected(step, 0, 1)}) == 2
+        assert collected(step, 0, 1) == collected(step, 0, 2) + collected(step, 1, 2)
 
 
 def test_the_loss_is_told_which_response_is_the_references() -> None:
