@@ -110,7 +110,7 @@ def test_it_labels_pairs_as_the_model_does_in_process(served: Served, llama: Inp
         assert (
             main(["label", "--data", str(tmp_path / "pairs.jsonl"), "--output", str(output), "--oracle", *oracle]) == 0
         )
-        made.append([json.loads(line) for line in output.read_text().splitlines()])
+        made.append(read_lines(output))
     assert len(made[0]) == len(made[1]) > 0
     for there, here in zip(*made, strict=True):
         assert (there["chosen"], there["rejected"]) == (here["chosen"], here["rejected"])
