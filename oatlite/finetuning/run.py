@@ -81,7 +81,8 @@ def finetune(
     """
     checkpoints = checkpoints_of(output)
     last = check_resume(output, resume=resume)
-    origin = {**dataclasses.asdict(options), "rows": _fingerprint(training), "weights": digest_of_weights(options.model)}
+    weights = digest_of_weights(options.model)
+    origin = {**dataclasses.asdict(options), "rows": _fingerprint(training), "weights": weights}
     if last is not None:
         _check_origin(checkpoints, origin)
     is_trained = False

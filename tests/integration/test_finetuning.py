@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import torch
 from datasets import Dataset
 from oatlite_cli.main import main
 from safetensors.torch import load_file
+from silent_server import silent_server
 from small_folders import byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,11 +33,11 @@ from oatlite.checkpoint import MANIFEST, CheckpointWriter, read, steps_of
 from oatlite.data import raw_text
 from oatlite.errors import CheckpointError, ConfigError, DeadlineExceeded, OatliteError, WorkerDied
 from oatlite.finetuning import ranks
-from oatlite.finetuning.arguments import training_arguments
 from oatlite.finetuning.options import Habits, RankSpec, TuningOptions
 from oatlite.finetuning.rank import make_trainer
 from oatlite.finetuning.run import check_resume, checkpoints_of, finetune
 from oatlite.fitting import Report
+from oatlite.metrics.sinks import WANDB_CLOSE_S
 from oatlite.oracles.reward_model import RewardModelOracle
 
 ROOT = Path(__file__).parents[2]
@@ -555,10 +557,48 @@ def test_a_reward_model_is_no_policy_to_train(base: Path, tmp_path: Path, capsys
     assert "SequenceClassification" in said and "decoder language model" in said
 
 
-def test_wandb_is_asked_for_and_not_otherwise(base: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    options = options_for(base)
-    assert training_arguments(spec_for(options, tmp_path, wandb=True)).report_to == ["wandb"]
-    assert os.environ["WANDB_PROJECT"] == "oatlite"
-    assert training_arguments(spec_for(options, tmp_path)).report_to == []
+# Weights & Biases
+
+
+@pytest.fixture
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where it keeps what is beside the output ``out``."""
+    for name in ("TMPDIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", secrets.token_hex(20))
+    return tmp_path / "out.wandb"
+
+
+def test_losses_go_to_weights_and_biases(base: Path, tmp_path: Path, wandb: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    data = references(tmp_path / "rows.jsonl")
+    run("sft", base, data, tmp_path / "out", "--epochs", "1", "--batch-size", "8", "--eval-every", "2", "--wandb")
+    assert "note:" not in capsys.readouterr().err
+    [kept] = wandb.glob("wandb/offline-run-*/*.wandb")
+    content = kept.read_bytes()
+    for name in (b"train/loss", b"train/learning_rate", b"eval/loss", b"summary/held_out", b"micro_batch_size"):
+        assert name in content, name
+    run("sft", base, data, tmp_path / "other", "--epochs", "1", "--batch-size", "8")
+    assert not (tmp_path / "other.wandb").exists()
+
+
+@pytest.mark.fault("20")
+@pytest.mark.parametrize("learners", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_server_of_weights_and_biases_that_never_answers_costs_a_training_ten_seconds_at_the_end(
+    learners: int, base: Path, tmp_path: Path, wandb: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    flags = ["--epochs", "1", "--batch-size", "8", "--learners", str(learners), "--gpus", "0"]
+    seconds = []
+    with silent_server() as port:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        for output, more in ((tmp_path / "plain", []), (tmp_path / "out", ["--wandb"])):
+            began = time.monotonic()
+            run("sft", base, references(tmp_path / "rows.jsonl"), output, *flags, *more)
+            seconds.append(time.monotonic() - began)
+    assert "note: Weights & Biases: " in capsys.readouterr().err
+    print(f"FAULT wandb hangs: sft takes {seconds[1]:.1f} s, and {seconds[0]:.1f} s without it")
+    assert seconds[1] < seconds[0] + WANDB_CLOSE_S + 20
+    assert [file for file in wandb.glob("wandb/*/*.wandb") if file.stat().st_size], "its records stay"
+    one, other = weights(tmp_path / "plain"), weights(tmp_path / "out")
+    assert all(torch.equal(one[name], other[name]) for name in one)
