@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from oatlite.finetuning.arguments import training_arguments
 from oatlite.finetuning.options import RankSpec, TuningResult
 from oatlite.finetuning.order import training_order
 from oatlite.finetuning.pretrained import load_base
-from oatlite.finetuning.ranks import keep_beating
+from oatlite.finetuning.ranks import BATCH_S, LOAD_S, count_batch, keep_beating
 from oatlite.finetuning.saving import adapter_config, save
 from oatlite.finetuning.trainers import Watcher, trainer_class
 from oatlite.fitting import Report
@@ -30,14 +31,18 @@ from oatlite.sources import first_line
 from oatlite.stacks import write_stacks_when_asked
 
 
-def train_rank(training: Dataset, held_out: Dataset, spec: RankSpec, report: Report) -> TuningResult:
-    """Train as one of ``spec.options.ranks`` ranks; rank 0 saves the model into ``spec.folder``.
+def train_rank(
+    training: Dataset, held_out: Dataset, spec: RankSpec, report: Report, counts: Callable[[], None] = lambda: None
+) -> TuningResult:
+    """Train as one of ``spec.options.ranks`` ranks; rank 0 saves the model into ``spec.folder``. ``counts`` is called
+    as each batch begins.
 
     Raises ConfigError, CheckpointError and StorageError.
     """
     notes: list[str] = []
     with quiet(), _sinks(spec, notes.append) as sinks:
         trainer = make_trainer(training, held_out, spec, report, sinks)
+        trainer.counts = counts
         try:
             trainer.train(resume_from_checkpoint=spec.resume_from)
         except OSError as error:
@@ -115,7 +120,7 @@ def main(path: str) -> int:
     try:
         _meet(spec, rank)
         training, held_out = (Dataset.load_from_disk(str(private / name)) for name in ("training", "held-out"))
-        result = train_rank(training, held_out, spec, report)
+        result = train_rank(training, held_out, spec, report, lambda: count_batch(private, rank))
         if rank == 0:
             (private / "result.json").write_text(json.dumps(dataclasses.asdict(result)))
     except OatliteError as error:
@@ -138,6 +143,7 @@ def _meet(spec: RankSpec, rank: int) -> None:
         init_method=f"file://{spec.private}/ranks",
         rank=rank,
         world_size=spec.options.ranks,
+        timeout=timedelta(seconds=LOAD_S + BATCH_S),  # who keeps the others waiting is told of before they give up
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,13 @@ def trainer_class(options: TuningOptions) -> type:
 
 
 class _Ways:
-    """What a trainer of TRL does differently here."""
+    """What a trainer of TRL does differently here. ``counts`` is called as each batch begins."""
+
+    counts: Callable[[], None] = staticmethod(lambda: None)
+
+    def training_step(self, *inputs: Any, **more: Any) -> Any:
+        self.counts()
+        return super().training_step(*inputs, **more)  # type: ignore[misc]
 
     def _send_telemetry(self) -> None: ...
 
@@ -78,6 +84,7 @@ class _Ways:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         for start in range(0, len(batches), ranks):
             mine = start + rank
+            self.counts()
             yield batches[min(mine, len(batches) - 1)], mine < len(batches)
 
     @contextlib.contextmanager

@@ -428,6 +428,60 @@ def test_a_rank_that_is_lost_ends_the_training_with_its_number_its_log_and_how_t
     assert steps_of(checkpoints_of(output))
 
 
+HANGING = """
+import os
+import sys
+import threading
+import time
+
+def hang(self, args, state, control, **_):
+    if state.global_step >= STEP:
+        time.sleep(1e6)
+
+def spoil():
+    while not hasattr(sys.modules.get("oatlite.finetuning.trainers"), "Watcher"):
+        time.sleep(0.05)
+    sys.modules["oatlite.finetuning.trainers"].Watcher.on_step_begin = hang
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=spoil, daemon=True).start()
+"""
+
+
+@pytest.mark.fault("3b")
+@pytest.mark.parametrize(
+    ("step", "bound", "bound_s", "words"),
+    [
+        (2, "BATCH_S", 15.0, "rank 1 has not begun another batch for 15 s; log: "),
+        pytest.param(0, "LOAD_S", 45.0, "rank 1 has not begun a first batch for 45 s; log: ", marks=pytest.mark.long),
+    ],
+)
+def test_a_rank_whose_main_thread_hangs_ends_the_training_with_its_stacks(
+    step: int, bound: str, bound_s: float, words: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other threads go on, and so do its signs of life."""
+    (tmp_path / "sitecustomize.py").write_text(HANGING.replace("STEP", str(step)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(ranks, bound, bound_s)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the log
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    own = set(_descendants(os.getpid()))
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=words) as caught:
+        finetune(
+            labelled(32),
+            labelled(5),
+            options_for(base, ranks=2, batch_size=16, epochs=9),
+            Habits(),
+            tmp_path / "out",
+            ignore,
+        )
+    print(f"FAULT rank of a training hangs in step {step}, from its start to the end: {time.monotonic() - began:.1f} s")
+    log = Path(re.search(r"log: (\S+);", str(caught.value))[1]).read_text()
+    assert ", line 9 in hang" in log and "in _run_module_as_main" in log
+    assert set(_descendants(os.getpid())) <= own and not (tmp_path / "out").exists()
+
+
 def _rank_of(pid: int) -> str | None:
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
