@@ -46,6 +46,7 @@ from .tuning import (
     prepare,
     refuse,
     refuse_tuning,
+    show,
 )
 
 if TYPE_CHECKING:
@@ -249,6 +250,7 @@ def _tuned(keys: _Keys, output: Path, options: TuningOptions, flags: TuningFlags
     )
     with stopped_by_signals(), console_report() as report:
         result = finetune(apart.training, apart.held_out, options, flags.habits(), output, report, resume=flags.resume)
+    show(result.notes)
     return _Made(
         num_parameters=result.num_parameters,
         num_comparisons=len(apart.training),

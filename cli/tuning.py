@@ -5,7 +5,8 @@ A network from scratch is trained by a small loop of its own, which knows few of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -142,6 +143,11 @@ def left_out(num_empty: int, num_long: int) -> str:
     """What to say of rows that were not used."""
     empty = f", {num_empty} left out as empty" if num_empty else ""
     return empty + (f", {num_long} left out as too long" if num_long else "")
+
+
+def show(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def prepare(task: Task, model: str, max_tokens: int, output: Path, *, resume: bool) -> Any:

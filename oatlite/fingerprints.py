@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oatlite.config.oracle_names import kind_of
 from oatlite.config.schema import Config
+from oatlite.model_checks import WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from oatlite.preferences import PreferenceSet
 
-SAMPLE_BYTES = 1 << 20
+PART_BYTES = 64 << 20
+BLOCK_BYTES = 1 << 20
 
 
 def fingerprints_of(config: Config, policy: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    weights = {name: _weights(name) for name in {str(config.model.path), str(config.model.reference)}}
     return {
         "model": digest(_architecture(policy)),
         "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
-        "initial policy": digest(_weights(str(config.model.path))),
-        "reference": digest(_weights(str(config.model.reference))),
+        "initial policy": digest(weights[str(config.model.path)]),
+        "reference": digest(weights[str(config.model.reference)]),
         "reward model": digest([_weights(name) for name in config.oracle.path if kind_of(name) == "model"]),
     }
 
@@ -34,20 +39,31 @@ def _architecture(model: PretrainedConfig) -> dict[str, object]:
     return {key: value for key, value in model.to_dict().items() if key not in passing}
 
 
-def _weights(path: str) -> object:
-    """What tells a model's weights in a folder from others of the same shape, without reading all of them: sizes, and
-    both ends of each file. Of a hub's model, its name."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return path
-    found = []
-    for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
-        with file.open("rb") as opened:
-            first = opened.read(SAMPLE_BYTES)
-            opened.seek(max(0, file.stat().st_size - SAMPLE_BYTES))
-            ends = first + opened.read(SAMPLE_BYTES)
-        found.append((file.name, file.stat().st_size, hashlib.blake2b(ends, digest_size=16).hexdigest()))
-    return found
+def _weights(path: str) -> str:
+    """What tells a model's weights in a folder from others of the same shape; of a hub's model, its name."""
+    return digest_of_weights(path) or path
+
+
+def digest_of_weights(folder: str) -> str | None:
+    """Of all that the files of weights in ``folder`` hold, which all cores read at once; None where there are none.
+
+    Two models that were merged from adapters of one base differ in few places, and need not at the ends of a file.
+    """
+    files = sorted(path for pattern in WEIGHTS for path in Path(folder).glob(pattern))
+    parts = [(path, start) for path in files for start in range(0, path.stat().st_size, PART_BYTES)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        digests = list(threads.map(_digest_of_part, *zip(*parts, strict=True))) if parts else []
+    named = [(path.name, start, found) for (path, start), found in zip(parts, digests, strict=True)]
+    return digest(named) if files else None
+
+
+def _digest_of_part(path: Path, start: int) -> str:
+    found = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        for _ in range(PART_BYTES // BLOCK_BYTES):
+            found.update(file.read(BLOCK_BYTES))
+    return found.hexdigest()
 
 
 def digest(value: object) -> str:

@@ -16,7 +16,6 @@ from oatlite.config.keys import (
     OPTIONS,
     SECTIONS,
     fields_of,
-    is_private,
     nearest,
     types_of,
     unknown_key,
@@ -86,18 +85,18 @@ def read_file(path: Path, source: str) -> Layer:
 
 
 def command_line(flags: Mapping[str, Any], sets: Iterable[str]) -> Layer:
+    """What was typed. No source repeats a value: it may be a secret, under a name that there is none of."""
     layer = {key: Given(value, FLAGS.get(key, key)) for key, value in flags.items()}
     for text in sets:
         key, equals, raw = (part.strip() for part in text.partition("="))
-        source = f"--set {key}=..." if is_private(key) else f"--set {text}"
         if not equals:
-            raise ConfigError(f"{source}: no setting", "type --set section.key=value, as in --set learner.lr=1e-6")
+            raise ConfigError("--set without a setting", "type --set section.key=value, as in --set learner.lr=1e-6")
+        source = f"--set {key}=..."
         if key in SECTIONS:
             raise ConfigError(f"{key} ({source}) is a section", f"type --set {key}.KEY=VALUE")
         given = Given(_parse(key, raw, source), source)
         if key in layer and layer[key].value != given.value:
-            before = layer[key].source if is_private(key) else f"{layer[key].source} {layer[key].value}"
-            raise ConfigError(f"{key} is given twice: {before} and {source}", "keep one")
+            raise ConfigError(f"{key} is given twice: {layer[key].source} and {source}", "keep one")
         layer[key] = given
     return layer
 

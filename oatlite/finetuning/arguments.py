@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,7 @@ def training_arguments(spec: RankSpec) -> Any:
     """The ``SFTConfig`` or ``RewardConfig`` of one rank. With ZeRO-3 a model that is loaded later comes in parts."""
     from trl import RewardConfig, SFTConfig
 
-    options, habits = spec.options, spec.habits
-    if habits.wandb:
-        os.environ.setdefault("WANDB_PROJECT", "oatlite")
-        os.environ.setdefault("WANDB_DIR", str(Path(spec.checkpoints).parent))
+    options = spec.options
     deepspeed = None
     if options.zero_stage is not None:
         from oatlite.trainer import import_deepspeed
@@ -32,7 +28,6 @@ def training_arguments(spec: RankSpec) -> Any:
     use_cpu = options.use_cpu and deepspeed is None
     common: dict[str, Any] = {
         "output_dir": spec.checkpoints,
-        "run_name": Path(spec.checkpoints).stem,
         "num_train_epochs": 1,  # the rows come in their order, which has all epochs in it
         "train_sampling_strategy": "sequential",
         "max_steps": options.steps or -1,
@@ -55,7 +50,7 @@ def training_arguments(spec: RankSpec) -> Any:
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
-        "report_to": ["wandb"] if habits.wandb else [],
+        "report_to": [],  # Weights & Biases hears of it in a way that cannot hang the training
         "seed": options.seed,
         "dataloader_pin_memory": not options.use_cpu,
     }

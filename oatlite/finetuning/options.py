@@ -71,10 +71,12 @@ class RankSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningResult:
-    """``held_out`` is the loss in nats per trained token of a policy, the accuracy of a reward model."""
+    """``held_out`` is the loss in nats per trained token of a policy, the accuracy of a reward model; ``notes`` are
+    lines for a person."""
 
     held_out: float
     num_parameters: int
+    notes: tuple[str, ...] = ()
 
 
 def split_batch(batch_size: int, micro_batch_size: int | None, ranks: int) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +21,28 @@ from oatlite.finetuning.arguments import training_arguments
 from oatlite.finetuning.options import RankSpec, TuningResult
 from oatlite.finetuning.order import training_order
 from oatlite.finetuning.pretrained import load_base
-from oatlite.finetuning.ranks import keep_beating
+from oatlite.finetuning.ranks import BATCH_S, LOAD_S, count_batch, keep_beating
 from oatlite.finetuning.saving import adapter_config, save
 from oatlite.finetuning.trainers import Watcher, trainer_class
 from oatlite.fitting import Report
+from oatlite.metrics.sinks import Sink, WandbSink
 from oatlite.quiet import quiet
 from oatlite.sources import first_line
 from oatlite.stacks import write_stacks_when_asked
 
 
-def train_rank(training: Dataset, held_out: Dataset, spec: RankSpec, report: Report) -> TuningResult:
-    """Train as one of ``spec.options.ranks`` ranks; rank 0 saves the model into ``spec.folder``.
+def train_rank(
+    training: Dataset, held_out: Dataset, spec: RankSpec, report: Report, counts: Callable[[], None] = lambda: None
+) -> TuningResult:
+    """Train as one of ``spec.options.ranks`` ranks; rank 0 saves the model into ``spec.folder``. ``counts`` is called
+    as each batch begins.
 
     Raises ConfigError, CheckpointError and StorageError.
     """
-    with quiet():
-        trainer = make_trainer(training, held_out, spec, report)
+    notes: list[str] = []
+    with quiet(), _sinks(spec, notes.append) as sinks:
+        trainer = make_trainer(training, held_out, spec, report, sinks)
+        trainer.counts = counts
         try:
             trainer.train(resume_from_checkpoint=spec.resume_from)
         except OSError as error:
@@ -47,17 +56,38 @@ def train_rank(training: Dataset, held_out: Dataset, spec: RankSpec, report: Rep
         metric = trainer.measure()
         if not math.isfinite(metric):
             raise ConfigError(f"the held-out loss is {metric}: nothing is saved", "lower --lr")
+        for sink in sinks:
+            sink.write({"kind": "summary", "held_out": metric})
         num_parameters = save(trainer, spec)
-        return TuningResult(held_out=metric, num_parameters=num_parameters)
+    return TuningResult(held_out=metric, num_parameters=num_parameters, notes=tuple(notes))
 
 
-def make_trainer(training: Dataset, held_out: Dataset, spec: RankSpec, report: Report) -> Any:
+@contextlib.contextmanager
+def _sinks(spec: RankSpec, warn: Callable[[str], None]) -> Iterator[list[Sink]]:
+    """Weights & Biases if asked, of rank 0; what it keeps on disk lies beside the output."""
+    if not spec.habits.wandb or int(os.environ.get("RANK", "0")) > 0:
+        yield []
+        return
+    folder = Path(spec.checkpoints).with_suffix(".wandb")
+    folder.mkdir(exist_ok=True)
+    project = os.environ.get("WANDB_PROJECT", "oatlite")
+    is_resumed = spec.resume_from is not None
+    sink = WandbSink(project, folder.stem, folder, dataclasses.asdict(spec.options), warn=warn, goes_on=is_resumed)
+    try:
+        yield [sink]
+    finally:
+        sink.close()
+
+
+def make_trainer(
+    training: Dataset, held_out: Dataset, spec: RankSpec, report: Report, sinks: Sequence[Sink] = ()
+) -> Any:
     from transformers import PrinterCallback
 
     options = spec.options
     arguments = training_arguments(spec)  # first of all, because ZeRO-3 loads models in parts once they exist
     model, tokenizer = load_base(options)
-    callback = Watcher(spec, report)
+    callback = Watcher(spec, report, sinks)
     lengths = [max(map(len, row)) for row in zip(*(training[name] for name in training.column_names), strict=True)]
     order = training_order(lengths, epochs=options.epochs, batch_size=options.batch_size, seed=options.seed)
     adapter = {"peft_config": adapter_config(options)} if options.lora_rank else {}
@@ -90,7 +120,7 @@ def main(path: str) -> int:
     try:
         _meet(spec, rank)
         training, held_out = (Dataset.load_from_disk(str(private / name)) for name in ("training", "held-out"))
-        result = train_rank(training, held_out, spec, report)
+        result = train_rank(training, held_out, spec, report, lambda: count_batch(private, rank))
         if rank == 0:
             (private / "result.json").write_text(json.dumps(dataclasses.asdict(result)))
     except OatliteError as error:
@@ -113,6 +143,7 @@ def _meet(spec: RankSpec, rank: int) -> None:
         init_method=f"file://{spec.private}/ranks",
         rank=rank,
         world_size=spec.options.ranks,
+        timeout=timedelta(seconds=LOAD_S + BATCH_S),  # who keeps the others waiting is told of before they give up
     )
 
 

@@ -1,7 +1,8 @@
 """Ranks of a training as processes: started, watched, and told of by who was the first to fail, and where its log is.
 
 A rank gives a sign of life each second, by touching a file. One that gives none, because somebody stopped it, would
-leave its peers waiting in a collective for half an hour, and with one rank for ever.
+leave its peers waiting in a collective, and with one rank for ever. So would one whose main thread hangs, in a driver
+or on a dead disk, and whose other threads go on: the main thread adds a byte to a file of its own as each batch begins.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ BEAT_S = 1.0
 SILENCE_S = 60.0
 START_S = 900.0
 """Until the first sign of life, which comes after the libraries are loaded."""
+BATCH_S = 1800.0
+"""For a batch, and what is saved after it."""
+LOAD_S = 7200.0
+"""Until the first batch: a model may have to be downloaded first."""
 
 
 def run_ranks(spec: RankSpec, launcher: LocalLauncher, report: Report) -> None:
@@ -56,10 +61,11 @@ def run_ranks(spec: RankSpec, launcher: LocalLauncher, report: Report) -> None:
             break
         if None not in codes:
             return
-        for rank, code in enumerate(codes):
-            if code is None and _is_silent(_beat(private, rank), started):
-                ask_for_stacks(workers)
-                raise DeadlineExceeded(f"rank {rank} was silent for {SILENCE_S:.0f} s", _fix(spec, workers[rank]))
+        frozen = _frozen(private, [rank for rank, code in enumerate(codes) if code is None], started)
+        if frozen is not None:
+            ask_for_stacks(workers)
+            rank, why = frozen
+            raise DeadlineExceeded(f"rank {rank} {why}", _fix(spec, workers[rank]))
         time.sleep(POLL_S)
     launcher.stop_all()  # they wait for one another; what they still write is written then
     raise _first_failure(spec, workers, codes)
@@ -78,15 +84,42 @@ def keep_beating(private: Path, rank: int) -> None:
     threading.Thread(target=beat, daemon=True).start()
 
 
+def count_batch(private: Path, rank: int) -> None:
+    """The main thread of ``rank`` begins one more, in training or evaluation."""
+    with _batches(private, rank).open("ab") as file:
+        file.write(b".")
+
+
 def _beat(private: Path, rank: int) -> Path:
     return private / f"beat-{rank}"
 
 
-def _is_silent(beat: Path, started: float) -> bool:
+def _batches(private: Path, rank: int) -> Path:
+    return private / f"batches-{rank}"
+
+
+def _frozen(private: Path, running: Sequence[int], started: float) -> tuple[int, str] | None:
+    """A rank that does not go on, and since when. Whoever began the fewest batches keeps the others waiting."""
+    for rank in running:
+        if _is_late(_beat(private, rank), started, START_S, SILENCE_S):
+            return rank, f"was silent for {SILENCE_S:.0f} s"
+    last = min(running, key=lambda rank: _size(_batches(private, rank)))
+    if not _is_late(_batches(private, last), started, LOAD_S, BATCH_S):
+        return None
+    bound_s, what = (BATCH_S, "another") if _size(_batches(private, last)) else (LOAD_S, "a first")
+    return last, f"has not begun {what} batch for {bound_s:.0f} s"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _is_late(path: Path, started: float, first_s: float, next_s: float) -> bool:
+    """Whether ``path`` is not there after ``first_s``, or was not touched for ``next_s``."""
     try:
-        return time.time() - beat.stat().st_mtime > SILENCE_S
+        return time.time() - path.stat().st_mtime > next_s
     except FileNotFoundError:
-        return time.time() - started > START_S
+        return time.time() - started > first_s
 
 
 def _first_failure(spec: RankSpec, workers: Sequence[Worker], codes: Sequence[int | None]) -> OatliteError:

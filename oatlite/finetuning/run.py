@@ -21,8 +21,8 @@ from oatlite.checkpoint import name_of, read, steps_of, unfinished
 from oatlite.errors import CheckpointError, ConfigError, StorageError
 from oatlite.finetuning.options import Habits, RankSpec, TuningOptions, TuningResult
 from oatlite.finetuning.ranks import run_ranks
+from oatlite.fingerprints import digest_of_weights
 from oatlite.launcher import LocalLauncher
-from oatlite.model_checks import WEIGHTS
 from oatlite.output_folder import complete_or_absent
 from oatlite.quiet import quiet
 
@@ -81,7 +81,8 @@ def finetune(
     """
     checkpoints = checkpoints_of(output)
     last = check_resume(output, resume=resume)
-    origin = {**dataclasses.asdict(options), "rows": _fingerprint(training), "weights": _digest_of(options.model)}
+    weights = digest_of_weights(options.model)
+    origin = {**dataclasses.asdict(options), "rows": _fingerprint(training), "weights": weights}
     if last is not None:
         _check_origin(checkpoints, origin)
     is_trained = False
@@ -159,16 +160,6 @@ def _fingerprint(rows: Dataset) -> str:
     for row in rows:
         digest.update(json.dumps(row).encode())
     return digest.hexdigest()
-
-
-def _digest_of(model: str) -> str | None:
-    """Of the files that weights of a folder lie in; a hub id stands for itself."""
-    digest = hashlib.blake2b(digest_size=16)
-    files = sorted(path for pattern in WEIGHTS for path in Path(model).glob(pattern))
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest() if files else None
 
 
 def _check_origin(checkpoints: Path, origin: dict[str, Any]) -> None:

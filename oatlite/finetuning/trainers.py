@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from oatlite.checkpoint import CheckpointWriter, prune
 from oatlite.errors import ConfigError
 from oatlite.finetuning.options import RankSpec, TuningOptions
 from oatlite.fitting import Report, Schedule, token_batches
+from oatlite.metrics.sinks import Sink
 
 _NUM_KEPT = 2  # the newest may come to harm
 
@@ -33,7 +34,13 @@ def trainer_class(options: TuningOptions) -> type:
 
 
 class _Ways:
-    """What a trainer of TRL does differently here."""
+    """What a trainer of TRL does differently here. ``counts`` is called as each batch begins."""
+
+    counts: Callable[[], None] = staticmethod(lambda: None)
+
+    def training_step(self, *inputs: Any, **more: Any) -> Any:
+        self.counts()
+        return super().training_step(*inputs, **more)  # type: ignore[misc]
 
     def _send_telemetry(self) -> None: ...
 
@@ -77,6 +84,7 @@ class _Ways:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         for start in range(0, len(batches), ranks):
             mine = start + rank
+            self.counts()
             yield batches[min(mine, len(batches) - 1)], mine < len(batches)
 
     @contextlib.contextmanager
@@ -158,10 +166,11 @@ class _RewardMeasure:
 class Watcher(TrainerCallback):  # type: ignore[misc]
     """Progress, evaluation and checkpoints at their steps, and the end of a training that diverges."""
 
-    def __init__(self, spec: RankSpec, report: Report) -> None:
+    def __init__(self, spec: RankSpec, report: Report, sinks: Sequence[Sink] = ()) -> None:
         self.trainer: Any = None
         self._spec = spec
         self._report = report
+        self._sinks = sinks
         self._smoothed = math.nan
         self._held_out = ""
 
@@ -183,15 +192,21 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
         loss = logs["loss"]
         if not math.isfinite(loss):
             raise ConfigError(f"the loss is {loss} at step {state.global_step} of {state.max_steps}", "lower --lr")
+        self._record({"kind": "step", "step": state.global_step, **logs})
         self._smoothed = loss if math.isnan(self._smoothed) else 0.95 * self._smoothed + 0.05 * loss
         figures = f"loss {self._smoothed:.3f}{self._held_out}"
         self._report(self._spec.options.task, state.global_step, state.max_steps, figures)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        name, value = next(iter(metrics.items()))
-        self._held_out = f", held-out {name.removeprefix('eval_')} {value:.3f}"
+        name, value = next((name.removeprefix("eval_"), value) for name, value in metrics.items())
+        self._record({"kind": "eval", "step": state.global_step, name: value})
+        self._held_out = f", held-out {name} {value:.3f}"
         figures = f"loss {self._smoothed:.3f}{self._held_out}"
         self._report(self._spec.options.task, state.global_step, state.max_steps, figures)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write(record)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.accelerator.wait_for_everyone()

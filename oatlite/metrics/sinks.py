@@ -86,7 +86,7 @@ class WandbSink:
     It runs in a process of its own (:mod:`oatlite.metrics.wandb_process`), because wandb can hang, also at exit:
     nothing is ever raised, the first failure becomes one warning, and :meth:`close` takes at most ten seconds, after
     which that process is killed. ``WANDB_MODE=offline`` keeps everything under ``dir``, where ``wandb.log`` is too.
-    A run that is resumed in ``dir`` goes on under the id that it had.
+    With ``goes_on`` it goes on under the id of the run that lies in ``dir`` already.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class WandbSink:
         *,
         warn: Callable[[str], None] = LOGGER.warning,
         close_s: float = WANDB_CLOSE_S,
+        goes_on: bool = True,
     ) -> None:
         self._warn = warn
         self._close_s = close_s
@@ -108,7 +109,8 @@ class WandbSink:
         self._thread: threading.Thread | None = None
         try:
             start = {"project": project, "name": name, "dir": str(dir), "config": dict(config)}
-            self._put(start | _run_before(Path(dir)) | {"learner": os.getpid(), "close_s": close_s})
+            before = _run_before(Path(dir)) if goes_on else {}
+            self._put(start | before | {"learner": os.getpid(), "close_s": close_s})
             with self._log.open("ab") as log:
                 # Its own session, so that Ctrl-C leaves it alone until close(). So has wandb-core, which no killpg
                 # reaches: it ends by itself when it sees its parent gone.

@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -231,8 +233,8 @@ class World:
         self.actors = []
         self.pool = None
 
-    def open(self, *scripts, deadline_s=SOON_S):
-        """Start one actor per script, and a pool that knows them."""
+    def open(self, *scripts, deadline_s=SOON_S, elsewhere=()):
+        """Start one actor per script, and a pool that knows them, and those that a test starts elsewhere."""
         layout = plan_layout(SHAPES, torch.float32, 256)
         assert layout.num_buckets == NUM_BUCKETS
         exporter = WeightExporter(layout, ShmBuffer(layout.buffer_bytes, self.run_id))
@@ -246,7 +248,7 @@ class World:
         self.hub = Hub(self.where, self.run_id)
         names = [f"actor-{i}" for i in range(len(scripts))]
         deadlines = Deadlines(start_s=deadline_s, generate_s=deadline_s, oracle_s=deadline_s, sync_s=deadline_s)
-        self.pool = ActorPool(self.hub, names, self.run_id, deadlines, exporter, VOCAB_SIZE)
+        self.pool = ActorPool(self.hub, [*names, *elsewhere], self.run_id, deadlines, exporter, VOCAB_SIZE)
         for name, script in zip(names, scripts, strict=True):
             self.add(name, script)
         return self.pool
@@ -543,6 +545,76 @@ def test_a_second_answer_to_a_request_is_dropped_and_counted(world):
     assert_generated(generate(pool)[0])
     assert_generated(generate(pool)[0])
     assert world.hub.dropped == Counter(unexpected=1)
+
+
+PREDECESSOR = """
+import sys
+import numpy as np
+from oatlite.messages import CandidateBatch, GenerateRequest, Hello
+from oatlite.transport import Spoke
+
+where, run_id = sys.argv[1:]
+spoke = Spoke(where, "actor-0", run_id)
+spoke.send(Hello(run_id=run_id, role="actor-0", pid=1))
+while not isinstance(request := spoke.receive(60.0), GenerateRequest):
+    assert request is not None
+print("asked", flush=True)
+sys.stdin.readline()
+num = request.seeds.size
+answer = CandidateBatch(
+    run_id=run_id,
+    batch_id=request.batch_id,
+    policy_version=request.policy_version,
+    samplers=request.samplers,
+    response_tokens=np.full(num, 99, np.int32),
+    response_lengths=np.ones(num, np.int32),
+    sampler_logprobs=np.zeros(num, np.float32),
+    is_finished=np.ones(num, np.bool_),
+    texts=["of another"] * num,
+    generate_s=1.0,
+    sleep_s=0.0,
+    wake_s=0.0,
+)
+spoke.send(answer)
+spoke.close(flush_s=1.0)
+print("answered", flush=True)
+"""
+
+
+@pytest.mark.fault("16")
+@pytest.mark.parametrize("has_successor", [True, False])
+def test_of_two_processes_that_answer_as_one_actor_the_later_one_is_heard(world, has_successor):
+    """The earlier one was given up, and answers the same request when it goes on after all."""
+    pool = world.open(elsewhere=["actor-0"])
+    command = [sys.executable, "-c", PREDECESSOR, world.where, world.run_id]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as predecessor:
+
+        def goes_on():
+            print(file=predecessor.stdin, flush=True)
+            assert predecessor.stdout.readline() == "answered\n"
+
+        def meanwhile(message, answer):
+            goes_on()
+            time.sleep(MOMENT_S)
+            return [answer]
+
+        def is_asked():
+            assert predecessor.stdout.readline() == "asked\n"
+            if has_successor:
+                world.add("actor-0", at(GenerateRequest, meanwhile))
+            else:
+                goes_on()
+
+        pool.wait_until_ready()
+        asked = threading.Thread(target=is_asked)
+        asked.start()
+        candidates, _ = generate(pool)
+        asked.join(SOON_S)
+    if has_successor:
+        assert_generated(candidates)
+    else:  # the same answer, from the same process, is one
+        assert {candidate.text for several in candidates for candidate in several} == {"of another"}
+    assert world.hub.dropped == Counter()
 
 
 def test_a_second_answer_while_others_are_waited_for_is_dropped_and_counted(world):

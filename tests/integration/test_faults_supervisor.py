@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from live import CLEAN_S, Stopwatch, live, wait_until
-from runs import ENVIRONMENT, OATLITE, TEMPORARY, Inputs, command, leftovers, worker_pids
+from live import CLEAN_S, Live, Stopwatch, live, wait_until
+from runs import ENVIRONMENT, OATLITE, TEMPORARY, Inputs, Run, command, leftovers, worker_pids
 
 from oatlite.checkpoint import checkpoints_of, complete, steps_of, unfinished
 
@@ -102,10 +102,9 @@ def test_workers_whose_supervisor_and_reaper_were_both_killed_end_by_themselves(
     folder = tmp_path / "run"
     with live(command(llama, folder), folder) as run:
         run.wait_for("learner 0", "waiting: for ranks")
-        children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
-        (reaper,) = [pid for pid in children if b"reaper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        reaper = reaper_of(run)
         (private,) = TEMPORARY.glob("oatlite-*")
-        os.kill(int(reaper), signal.SIGKILL)
+        os.kill(reaper, signal.SIGKILL)
         os.kill(run.process.pid, signal.SIGKILL)
         watch = Stopwatch()
         wait_until(
@@ -121,3 +120,37 @@ def test_workers_whose_supervisor_and_reaper_were_both_killed_end_by_themselves(
     )
     assert removed.stdout.split() == [str(private)], "as by `oatlite doctor --clean`"
     assert leftovers(folder) == []
+
+
+@pytest.mark.fault("5")
+def test_a_run_that_is_resumed_before_the_reaper_has_done_its_work_is_not_disturbed_by_it(
+    one_by_one: Run, llama: Inputs, tmp_path: Path
+) -> None:
+    """The reaper comes late, to a learner that is stopped and would write, while the resumed run is in its steps."""
+    folder = tmp_path / "run"
+    checkpoints = checkpoints_of(folder)
+    with live(command(llama, folder, "--algo", "simpo", "--save-every", "1"), folder) as run:
+        wait_until(lambda: len(steps_of(checkpoints)) > 0, 300, lambda: run.output)
+        learner, actor = run.send("learner-0", signal.SIGSTOP), run.pid("actor-0")
+        (private,) = TEMPORARY.glob("oatlite-*")
+        reaper = reaper_of(run)
+        os.kill(reaper, signal.SIGSTOP)
+        os.kill(run.process.pid, signal.SIGKILL)
+    resume = [str(OATLITE), "resume", str(folder)]
+    with live(resume, folder) as run:
+        wait_until(lambda: not Path(f"/proc/{actor}").exists(), CLEAN_S)  # by itself
+        run.wait_for("step ")
+        assert Path(f"/proc/{learner}").exists() and private.exists()
+        os.kill(reaper, signal.SIGCONT)
+        watch = Stopwatch()
+        wait_until(lambda: not Path(f"/proc/{learner}").exists() and not private.exists(), SWEPT_S)
+        watch.within(SWEPT_S, "reaper goes on, until nothing is left of the run that was killed")
+        code, _ = run.end()
+    assert code == 0, run.output
+    assert Run(folder, 0, "").metrics() == one_by_one.metrics()
+
+
+def reaper_of(run: Live) -> int:
+    children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
+    (reaper,) = [int(pid) for pid in children if b"reaper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return reaper

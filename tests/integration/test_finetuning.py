@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import torch
 from datasets import Dataset
 from oatlite_cli.main import main
 from safetensors.torch import load_file
+from silent_server import silent_server
 from small_folders import byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,11 +33,11 @@ from oatlite.checkpoint import MANIFEST, CheckpointWriter, read, steps_of
 from oatlite.data import raw_text
 from oatlite.errors import CheckpointError, ConfigError, DeadlineExceeded, OatliteError, WorkerDied
 from oatlite.finetuning import ranks
-from oatlite.finetuning.arguments import training_arguments
 from oatlite.finetuning.options import Habits, RankSpec, TuningOptions
 from oatlite.finetuning.rank import make_trainer
 from oatlite.finetuning.run import check_resume, checkpoints_of, finetune
 from oatlite.fitting import Report
+from oatlite.metrics.sinks import WANDB_CLOSE_S
 from oatlite.oracles.reward_model import RewardModelOracle
 
 ROOT = Path(__file__).parents[2]
@@ -426,6 +428,60 @@ def test_a_rank_that_is_lost_ends_the_training_with_its_number_its_log_and_how_t
     assert steps_of(checkpoints_of(output))
 
 
+HANGING = """
+import os
+import sys
+import threading
+import time
+
+def hang(self, args, state, control, **_):
+    if state.global_step >= STEP:
+        time.sleep(1e6)
+
+def spoil():
+    while not hasattr(sys.modules.get("oatlite.finetuning.trainers"), "Watcher"):
+        time.sleep(0.05)
+    sys.modules["oatlite.finetuning.trainers"].Watcher.on_step_begin = hang
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=spoil, daemon=True).start()
+"""
+
+
+@pytest.mark.fault("3b")
+@pytest.mark.parametrize(
+    ("step", "bound", "bound_s", "words"),
+    [
+        (2, "BATCH_S", 15.0, "rank 1 has not begun another batch for 15 s; log: "),
+        pytest.param(0, "LOAD_S", 45.0, "rank 1 has not begun a first batch for 45 s; log: ", marks=pytest.mark.long),
+    ],
+)
+def test_a_rank_whose_main_thread_hangs_ends_the_training_with_its_stacks(
+    step: int, bound: str, bound_s: float, words: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other threads go on, and so do its signs of life."""
+    (tmp_path / "sitecustomize.py").write_text(HANGING.replace("STEP", str(step)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(ranks, bound, bound_s)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the log
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    own = set(_descendants(os.getpid()))
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=words) as caught:
+        finetune(
+            labelled(32),
+            labelled(5),
+            options_for(base, ranks=2, batch_size=16, epochs=9),
+            Habits(),
+            tmp_path / "out",
+            ignore,
+        )
+    print(f"FAULT rank of a training hangs in step {step}, from its start to the end: {time.monotonic() - began:.1f} s")
+    log = Path(re.search(r"log: (\S+);", str(caught.value))[1]).read_text()
+    assert ", line 9 in hang" in log and "in _run_module_as_main" in log
+    assert set(_descendants(os.getpid())) <= own and not (tmp_path / "out").exists()
+
+
 def _rank_of(pid: int) -> str | None:
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -555,10 +611,48 @@ def test_a_reward_model_is_no_policy_to_train(base: Path, tmp_path: Path, capsys
     assert "SequenceClassification" in said and "decoder language model" in said
 
 
-def test_wandb_is_asked_for_and_not_otherwise(base: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    options = options_for(base)
-    assert training_arguments(spec_for(options, tmp_path, wandb=True)).report_to == ["wandb"]
-    assert os.environ["WANDB_PROJECT"] == "oatlite"
-    assert training_arguments(spec_for(options, tmp_path)).report_to == []
+# Weights & Biases
+
+
+@pytest.fixture
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where it keeps what is beside the output ``out``."""
+    for name in ("TMPDIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", secrets.token_hex(20))
+    return tmp_path / "out.wandb"
+
+
+def test_losses_go_to_weights_and_biases(base: Path, tmp_path: Path, wandb: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    data = references(tmp_path / "rows.jsonl")
+    run("sft", base, data, tmp_path / "out", "--epochs", "1", "--batch-size", "8", "--eval-every", "2", "--wandb")
+    assert "note:" not in capsys.readouterr().err
+    [kept] = wandb.glob("wandb/offline-run-*/*.wandb")
+    content = kept.read_bytes()
+    for name in (b"train/loss", b"train/learning_rate", b"eval/loss", b"summary/held_out", b"micro_batch_size"):
+        assert name in content, name
+    run("sft", base, data, tmp_path / "other", "--epochs", "1", "--batch-size", "8")
+    assert not (tmp_path / "other.wandb").exists()
+
+
+@pytest.mark.fault("20")
+@pytest.mark.parametrize("learners", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_server_of_weights_and_biases_that_never_answers_costs_a_training_ten_seconds_at_the_end(
+    learners: int, base: Path, tmp_path: Path, wandb: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    flags = ["--epochs", "1", "--batch-size", "8", "--learners", str(learners), "--gpus", "0"]
+    seconds = []
+    with silent_server() as port:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        for output, more in ((tmp_path / "plain", []), (tmp_path / "out", ["--wandb"])):
+            began = time.monotonic()
+            run("sft", base, references(tmp_path / "rows.jsonl"), output, *flags, *more)
+            seconds.append(time.monotonic() - began)
+    assert "note: Weights & Biases: " in capsys.readouterr().err
+    print(f"FAULT wandb hangs: sft takes {seconds[1]:.1f} s, and {seconds[0]:.1f} s without it")
+    assert seconds[1] < seconds[0] + WANDB_CLOSE_S + 20
+    assert [file for file in wandb.glob("wandb/*/*.wandb") if file.stat().st_size], "its records stay"
+    one, other = weights(tmp_path / "plain"), weights(tmp_path / "out")
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -15,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import fuzz
+import fuzz_runs
 from fuzz import reaches_outside
 from fuzz_frames import SPOIL, fault_of, frames_of, real_messages, spoiled
 from fuzz_preflight import preflight_outcome
@@ -132,3 +133,22 @@ def test_a_seed_gives_the_same_frames_again() -> None:
         return [spoiled(generator, originals) for _ in range(200)]
 
     assert some() == some()
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "how"),
+    [
+        ("oatlite: error: no", 2, fuzz_runs.ENDED),
+        ("Traceback (most recent call last):\noatlite: error: no", 2, "run-0 ended with code 2: oatlite: error: no"),
+        ("KeyError: 1", 1, "run-0 ended with code 1: KeyError: 1"),
+        ("done", 0, "run-0 ended with code 0: done"),  # and has left no model
+    ],
+)
+def test_how_a_run_of_a_valid_configuration_ended_is_told(
+    says: str, code: int, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho '{says}'\nexit {code}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(fuzz_runs.sys, "executable", str(program))
+    assert fuzz_runs.run(Config(), tmp_path, "run-0") == how
