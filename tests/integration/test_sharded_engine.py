@@ -31,6 +31,7 @@ GREEDY = SamplingOptions(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=MAX
 BUCKET_BYTES = 60_000
 SOON_S = 30.0
 NOTICED_S = 10.0
+PATIENCE_S = 8.0  # of vLLM with a worker that waits for the dead one: twice four seconds
 
 
 def group_of(leader: int) -> list[Path]:
@@ -130,7 +131,7 @@ def test_a_run_goes_on_when_one_of_an_actors_two_processes_is_killed(llama: Inpu
         os.kill(int(worker.name), signal.SIGKILL)
         watch = Stopwatch()
         run.wait_for("actor 0 ended with code 3; restart 1 of 3")
-        watch.within(NOTICED_S, "vLLM's worker killed, to the actor's restart")
+        watch.within(NOTICED_S + PATIENCE_S, "vLLM's worker killed, to the actor's restart")
         engine.set("fast")
         code, _ = run.end()
     assert code == 0, run.output
