@@ -31,7 +31,7 @@ GREEDY = SamplingOptions(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=MAX
 BUCKET_BYTES = 60_000
 SOON_S = 30.0
 NOTICED_S = 10.0
-PATIENCE_S = 8.0  # of vLLM with a worker that waits for the dead one: twice four seconds
+PATIENCE_S = 9.0  # of vLLM with a worker that waits for the dead one: five seconds, and four after SIGTERM
 
 
 def group_of(leader: int) -> list[Path]:
