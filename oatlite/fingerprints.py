@@ -71,8 +71,11 @@ def digest(value: object) -> str:
 
 
 def digest_of_pairs(pairs: PreferenceSet) -> str:
+    """Of all that is trained on: tokens, and margins where there are any."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (pairs.prompt_tokens, pairs.chosen_tokens, pairs.rejected_tokens):
         for tokens in part:
             digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
+    if pairs.margins is not None:
+        digest.update(pairs.margins.tobytes())
     return digest.hexdigest()

@@ -90,7 +90,7 @@ def check(config: Config) -> Plan:
     try_oracles(config, training.raw_texts[0], None if training.references is None else training.references[0])
     longest = max(len(tokens) for tokens in [*training.tokens, *held_out.tokens])
     check_lengths(config, longest, config.sampling.max_new_tokens, limit, "sampling.max_new_tokens")
-    fingerprints["prompts"] = digest([tokens.tolist() for tokens in training.tokens])
+    fingerprints["prompts"] = digest([[tokens.tolist() for tokens in training.tokens], training.references])
     num_steps = _num_steps(config, len(training), len(held_out), "prompts")
     notes += filter(None, [sync_past_epoch(config, len(training))])
     total_steps, num_queries = num_steps, queries_until(config, num_steps)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from oatlite import fingerprints
-from oatlite.fingerprints import digest_of_weights
+from oatlite.fingerprints import digest_of_pairs, digest_of_weights
+from oatlite.preferences import PreferenceSet
 
 PART_BYTES = 4096
 
@@ -42,3 +44,22 @@ def test_other_files_and_folders_without_weights(folder: Path) -> None:
     (folder / "model-00002.safetensors").rename(folder / "model-00003.safetensors")
     assert digest_of_weights(str(folder)) != before
     assert digest_of_weights("organisation/model") is None
+
+
+def pairs(margins: list[float] | None, chosen: int = 2) -> PreferenceSet:
+    return PreferenceSet(
+        prompts=["a"],
+        chosen=["a"],
+        rejected=["a"],
+        prompt_tokens=[np.array([0], np.int32)],
+        chosen_tokens=[np.array([chosen], np.int32)],
+        rejected_tokens=[np.array([1], np.int32)],
+        margins=None if margins is None else np.array(margins),
+        num_dropped=0,
+    )
+
+
+def test_tokens_and_margins_tell_pairs_apart() -> None:
+    several = [pairs(None), pairs([0.5]), pairs([0.25]), pairs(None, chosen=3)]
+    assert len({digest_of_pairs(each) for each in several}) == 4
+    assert digest_of_pairs(pairs([0.5])) == digest_of_pairs(pairs([0.5]))

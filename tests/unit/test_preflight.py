@@ -316,3 +316,15 @@ def test_the_balance_of_experts_needs_experts(options, tmp_path):
     weighted = changed(options, learner={"aux_loss_coef": 0.01})
     refused(weighted, "learner.aux_loss_coef = 0.01", "no mixture of experts")
     check(changed(weighted.model_dump(exclude_none=True), model={"path": save_model(tmp_path / "moe", "moe")}))
+
+
+def test_other_answers_to_the_same_prompts_make_another_run(options, folders, tmp_path):
+    """Functions that compare with the dataset's answer judge by them."""
+    text = (folders / "rows.jsonl").read_text()
+    (tmp_path / "same.jsonl").write_text(text)
+    (tmp_path / "other.jsonl").write_text(text.replace('" 7"', '" 8"'))
+    before, same, other = (
+        check(changed(options, data={"prompts": str(path)})).fingerprints["prompts"]
+        for path in (folders / "rows.jsonl", tmp_path / "same.jsonl", tmp_path / "other.jsonl")
+    )
+    assert before == same != other
