@@ -12,7 +12,7 @@ fails), no gradient checkpointing, the number of prompts at a time that is best 
 float32 copy of the weights, which oatlite keeps. All prompts have one length, so that TRL, which pads, need not.
 
 Beside it stands what each of oatlite's stages must compute at least, and which share of the rate of a large matrix
-product in that type it reaches.
+product in that type it reaches: a measured rate and no bound, which other shapes may pass by a little.
 
     pip install -e '.[cpu]'
     python benchmarks/versus_trl.py [--models 5M-float32,116M-bfloat16] [--steps 4] [--trl-steps 2]

@@ -259,3 +259,9 @@ def _check_experts(config: Config, policy: PretrainedConfig) -> None:
             "experts",
             "leave it out",
         )
+    sends_whole_weights = not config.rollout.offline and not (config.lora.rank and config.lora.sync == "adapter")
+    if policy.model_type == "mixtral" and sends_whole_weights:
+        raise ConfigError(
+            f"{config.model.path} is a Mixtral, whose weights have other names in vLLM, so that no sync could pass",
+            "name another model, such as a Qwen3-MoE",
+        )

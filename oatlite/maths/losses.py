@@ -225,8 +225,8 @@ def bnf(
     are 1 on a token and 0 on padding.
 
     Each token has a soft target: t = min(p / p0, 1) for the token, and the rest spread over the others in proportion
-    to the policy, o = (1 - t) / (1 - p) times their probabilities (1e-6 is added to p0 and to both sides of the second
-    fraction). A response's value S is the sum over its tokens of
+    to the policy, o = (1 - t) / (1 - p) times their probabilities (as in oat's code, 1e-6 is added
+    to p0 and to both sides of the second fraction). A response's value S is the sum over its tokens of
     ``t log p + o * sum over other tokens v of p_v log p_v``, where t, o and the factors p_v are constants; the loss is
     ``-(S_chosen - S_rejected) / min(|chosen|, |rejected|)``. Where t = 1 that is the likelihood of the chosen response
     and, with its sign turned, of the rejected one; as p falls below p0 the gradient fades on both sides.
@@ -288,7 +288,7 @@ def kl(
     beta: float,
     margins: Tensor,
 ) -> PairLosses:
-    """KL(q || p) of the two verdicts that policy and oracle give, as RLHFlow's online pipeline calls it.
+    """KL(q || p) of the two verdicts that policy and oracle give: ``kl`` of RLHFlow's online pipeline, of no paper.
 
     q = sigmoid(beta h) is the policy's probability that the chosen response wins, p = sigmoid(margin) that of a
     Bradley-Terry oracle whose rewards differ by ``margins``. All inputs are (B,).

@@ -181,9 +181,11 @@ def test_only_the_adapter_of_a_quantized_policy_learns(quantized):
     }  # fmt: skip
     before = logits(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model(input_ids=IDS, labels=IDS).loss.backward()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
     optimizer.step()
     assert not torch.equal(logits(model), before)
+    assert model(input_ids=IDS, labels=IDS).loss < loss
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -15,7 +15,7 @@ log-probabilities in float32 all the same. What the two do differently:
   sums, so it is given averages here, and compared at a margin of 0.
 - ``kto``: TRL judges examples one by one and takes the mean over a batch; the two of a pair make a batch here.
 
-TRL has no ``lr_dpo``, ``dpo_positive`` and ``bnf``.
+TRL has no ``lr_dpo``, ``dpo_positive`` and ``bnf``, and no ``xpo`` any more.
 """
 
 import math

@@ -318,6 +318,14 @@ def test_the_balance_of_experts_needs_experts(options, tmp_path):
     check(changed(weighted.model_dump(exclude_none=True), model={"path": save_model(tmp_path / "moe", "moe")}))
 
 
+def test_a_mixtral_is_refused_before_its_first_sync_is(options, tmp_path):
+    path = save_model(tmp_path / "moe", "moe")
+    file = tmp_path / "moe" / "config.json"
+    written = json.loads(file.read_text()) | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    file.write_text(json.dumps(written))
+    refused(changed(options, model={"path": path}), "is a Mixtral", "name another model")
+
+
 def test_other_answers_to_the_same_prompts_make_another_run(options, folders, tmp_path):
     """Functions that compare with the dataset's answer judge by them."""
     text = (folders / "rows.jsonl").read_text()
