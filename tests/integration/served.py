@@ -86,6 +86,9 @@ def serving_at(port: int, folder: Path, model: object, *more: str, token: str, w
             pids = served.pids()
         yield served
     finally:
+        process.terminate()  # in good order: with its reaper killed, its semaphores would stay
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_S)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
