@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,10 +32,6 @@ class TinyShape:
 
 
 DEFAULT_SHAPE = TinyShape()
-
-
-def is_tiny(name: str) -> TypeGuard[TinyName]:
-    return name in TINY_NAMES
 
 
 def check_positions(max_tokens: int, shape: TinyShape) -> None:

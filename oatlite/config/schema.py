@@ -362,7 +362,8 @@ class SyncConfig(Section):
 
 
 class TimeoutConfig(Section):
-    """Seconds. A peer that stays silent for longer ends the run with exit code 7."""
+    """Seconds. What takes longer ends the run with exit code 7, but for an oracle (6), an actor that is silent (at most
+    three times it is started again) and a step that SIGTERM waits for (143, and nothing of it is saved)."""
 
     start_s: PositiveFloat = Field(900, description="for models, which may have to be downloaded first, and an engine")
     generate_s: PositiveFloat = 900

@@ -19,7 +19,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from oatlite import weights
-from oatlite.errors import StorageError
+from oatlite.engine.model import load_checked
+from oatlite.errors import StorageError, WorkerDied
 from oatlite.messages import CudaIpcHandle, ShmHandle, WeightManifest
 from oatlite.messages.codec import decode, encode
 from oatlite.messages.fields import MalformedMessage
@@ -405,7 +406,8 @@ FULL_DISK = """
     import os, sys
     from pathlib import Path
     import oatlite.weights as weights
-    from oatlite.errors import StorageError
+    from oatlite.engine.model import load_checked
+from oatlite.errors import StorageError, WorkerDied
 
     weights.SHM_FOLDER = Path(sys.argv[1])
     first = weights.ShmBuffer(1 << 20, "first")
@@ -470,6 +472,21 @@ def test_the_bucket_before_stays_as_it_was_while_one_is_filled(exporter):
         held, _ = reader.read(bucket - 1)
         exporter.fill(bucket, parameters.__getitem__)
         assert all(torch.equal(tensor, parameters[name].bfloat16()) for name, tensor in held)
+
+
+def test_a_bucket_that_was_damaged_on_its_way_is_not_loaded(exporter):
+    handle = exporter.handle(RUN)
+    reader = WeightReader(exporter.layout.manifest(RUN), handle)
+    written = exporter.fill(0, parameters_of(1).__getitem__)
+    loaded = []
+    load_checked(reader, 0, written, loaded.append)
+    with (SHM_FOLDER / handle.segment).open("r+b") as segment:
+        byte = segment.read(1)
+        segment.seek(0)
+        segment.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(WorkerDied, match="bucket 0 of the weights arrived damaged"):
+        load_checked(reader, 0, written, loaded.append)
+    assert len(loaded) == 1
 
 
 def test_the_number_of_mappings_stays_flat(exporter):
