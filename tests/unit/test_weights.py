@@ -406,8 +406,7 @@ FULL_DISK = """
     import os, sys
     from pathlib import Path
     import oatlite.weights as weights
-    from oatlite.engine.model import load_checked
-from oatlite.errors import StorageError, WorkerDied
+    from oatlite.errors import StorageError
 
     weights.SHM_FOLDER = Path(sys.argv[1])
     first = weights.ShmBuffer(1 << 20, "first")
