@@ -69,6 +69,10 @@ class Live:
         os.kill(pid, number)
         return pid
 
+    def wait_until_stopped(self, role: str) -> None:
+        pid = self.pid(role)
+        wait_until(lambda: state_of(pid) == "T", DEADLINE_S, lambda: self.output)
+
     def end(self, seconds: float = DEADLINE_S) -> tuple[int, str]:
         """Exit code and last line; soon after it nothing of the run may be left."""
         code = self.process.wait(seconds)
@@ -98,9 +102,21 @@ def wait_until(condition: Callable[[], bool], seconds: float, why: Callable[[], 
         time.sleep(0.01)
 
 
+def state_of(pid: int) -> str:
+    """The letter of /proc for what its main thread does: ``T`` for one that is stopped; none where it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
+def is_running(pid: int) -> bool:
+    """Where nobody collects orphans, what has ended stays as a zombie."""
+    return state_of(pid) not in ("", "Z", "X")
+
+
 class EngineMode:
-    """What the engines of a run do: ``fast``, ``slow``, ``raise``, ``hang``, ``leave`` or ``deaf``; see
-    ``in_every_process``."""
+    """What the engines of a run do: ``fast``, ``slow``, ``raise``, ``hang``, ``leave``, ``deaf`` or, for an actor's
+    role, ``halt ROLE``; see ``in_every_process``."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dead_runs import alone
 
 OATLITE = Path(sys.executable).with_name("oatlite")
 SHM = Path("/dev/shm")
@@ -146,8 +147,9 @@ class Runs:
 @pytest.fixture
 def runs(temporary: Path) -> Iterator[Runs]:
     runs = Runs(temporary)
-    yield runs
-    runs.close()
+    with alone():
+        yield runs
+        runs.close()
 
 
 def kill_reaper(run: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from live import CLEAN_S, EngineMode, Live, Stopwatch, live, wait_until
+from live import CLEAN_S, EngineMode, Stopwatch, live, wait_until
 from runs import OATLITE, TWO_BY_TWO, Inputs, Run, command
 
 from oatlite.checkpoint import complete, steps_of
@@ -43,8 +43,10 @@ def test_a_rank_that_is_stopped_and_one_that_is_killed_end_the_run_and_it_goes_o
     with live(go_on(folder), folder, engine.environment) as run:
         engine.set("slow")
         run.wait_for("actor 1", "generate: 16 samples")
-        engine.set("fast")
-        killed_in_the_middle_of_an_update(run)
+        engine.set("halt actor-1")  # so that its rank waits for it with the weights offered
+        run.wait_for("learner 1", "sync: version")
+        run.wait_until_stopped("actor-1")
+        run.send("learner-1", signal.SIGKILL)
         watch = Stopwatch()
         code, last = run.end(CLEAN_S)
         watch.within(CLEAN_S, "rank killed, to the end")
@@ -54,16 +56,10 @@ def test_a_rank_that_is_stopped_and_one_that_is_killed_end_the_run_and_it_goes_o
     (saved,) = complete(folder / "checkpoints")
     saved.verify()
 
+    engine.set("fast")
     with live(go_on(folder), folder, engine.environment) as run:
         code, _ = run.end()
     assert code == 0, run.output
     assert Run(folder, code, "").metrics() == two_by_two.metrics()
     assert (folder / "samples.jsonl").read_text() == (two_by_two.folder / "samples.jsonl").read_text()
 
-
-def killed_in_the_middle_of_an_update(run: Live) -> None:
-    """Its actor is stopped before, so that the rank waits for it with the weights offered."""
-    run.wait_for("learner 1", "learn: step")
-    run.send("actor-1", signal.SIGSTOP)
-    run.wait_for("learner 1", "sync: version")
-    run.send("learner-1", signal.SIGKILL)

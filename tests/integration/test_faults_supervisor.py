@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from live import CLEAN_S, Live, Stopwatch, live, wait_until
+from dead_runs import alone
+from live import CLEAN_S, Live, Stopwatch, is_running, live, state_of, wait_until
 from runs import ENVIRONMENT, OATLITE, TEMPORARY, Inputs, Run, command, leftovers, worker_pids
 
 from oatlite.checkpoint import checkpoints_of, complete, steps_of, unfinished
@@ -53,7 +54,7 @@ def test_a_run_killed_in_a_save_leaves_nothing_and_goes_on_at_once_until_a_step_
         code, last = run.end(STOP_S + CLEAN_S)
         watch.within(STOP_S + CLEAN_S, "SIGTERM in a step that does not end, to the end")
     assert code == 143, run.output
-    assert not Path(f"/proc/{actor}").exists()
+    assert not is_running(actor)
     assert f"terminated, not saved: the step took longer than {STOP_S} s" in last
     newest = complete(checkpoints)[0]
     newest.verify()
@@ -67,7 +68,7 @@ def stop_in_a_save(learner: int, checkpoints: Path) -> None:
     while time.monotonic() < deadline:
         if unfinished(checkpoints):
             os.kill(learner, signal.SIGSTOP)
-            wait_until(lambda: Path(f"/proc/{learner}/stat").read_text().rpartition(")")[2].split()[0] == "T", CLEAN_S)
+            wait_until(lambda: state_of(learner) == "T", CLEAN_S)
             if unfinished(checkpoints):
                 return
             os.kill(learner, signal.SIGCONT)
@@ -101,7 +102,7 @@ def test_a_signal_while_engines_start_leaves_no_orphan(
 @pytest.mark.fault("5")
 def test_workers_whose_supervisor_and_reaper_were_both_killed_end_by_themselves(llama: Inputs, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with live(command(llama, folder), folder) as run:
+    with alone(), live(command(llama, folder), folder) as run:
         run.wait_for("learner 0", "waiting: for ranks")
         reaper = reaper_of(run)
         (private,) = TEMPORARY.glob("oatlite-*")
@@ -112,13 +113,13 @@ def test_workers_whose_supervisor_and_reaper_were_both_killed_end_by_themselves(
             lambda: all(Path(one).exists() for one in leftovers(folder)), CLEAN_S, lambda: str(leftovers(folder))
         )
         watch.within(CLEAN_S, "supervisor and reaper killed, until only files are left")
-    removed = subprocess.run(
-        [sys.executable, "-c", "from oatlite.leftovers import clean; print(*clean().folders)"],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+        removed = subprocess.run(
+            [sys.executable, "-c", "from oatlite.leftovers import clean; print(*clean().folders)"],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     assert removed.stdout.split() == [str(private)], "as by `oatlite doctor --clean`"
     assert leftovers(folder) == []
 
@@ -139,12 +140,12 @@ def test_a_run_that_is_resumed_before_the_reaper_has_done_its_work_is_not_distur
         os.kill(run.process.pid, signal.SIGKILL)
     resume = [str(OATLITE), "resume", str(folder)]
     with live(resume, folder) as run:
-        wait_until(lambda: not Path(f"/proc/{actor}").exists(), CLEAN_S)  # by itself
+        wait_until(lambda: not is_running(actor), CLEAN_S)  # by itself
         run.wait_for("step ")
-        assert Path(f"/proc/{learner}").exists() and private.exists()
+        assert is_running(learner) and private.exists()
         os.kill(reaper, signal.SIGCONT)
         watch = Stopwatch()
-        wait_until(lambda: not Path(f"/proc/{learner}").exists() and not private.exists(), SWEPT_S)
+        wait_until(lambda: not is_running(learner) and not private.exists(), SWEPT_S)
         watch.within(SWEPT_S, "reaper goes on, until nothing is left of the run that was killed")
         code, _ = run.end()
     assert code == 0, run.output

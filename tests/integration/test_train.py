@@ -142,10 +142,14 @@ def test_after_an_actor_was_killed_in_the_middle_of_an_update_both_answer_with_t
     two_actors: Run, llama: Inputs, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    with live(command(llama, folder, *TWO_ACTORS), folder) as run:
-        run.wait_for("learner 0", "learn: step 1")
-        run.send("actor-1", signal.SIGSTOP)
+    engine = EngineMode(tmp_path / "mode")
+    engine.set("slow")
+    with live(command(llama, folder, *TWO_ACTORS), folder, engine.environment) as run:
+        run.wait_for("learner 0", "evaluate: step 0")  # the initial weights are loaded
+        engine.set("halt actor-1")
         run.wait_for("learner 0", "sync: version 1")
+        run.wait_until_stopped("actor-1")
+        engine.set("fast")
         run.send("actor-1", signal.SIGKILL)
         run.wait_for("actor 1 was killed by SIGKILL; restart 1 of 3")
         assert not (folder / "eval" / "step-000001.jsonl").exists()
