@@ -183,5 +183,5 @@ def test_a_server_of_weights_and_biases_that_never_answers_costs_ten_seconds_at_
     assert re.search(rf"Weights & Biases: (it did not finish within {WANDB_CLOSE_S:g} s|kept offline)", log)
     (closed_s,) = re.findall(r"Weights & Biases was closed in ([0-9.]+) s", log)
     print("FAULT server of Weights & Biases that hangs, what the end waits for it:", closed_s, "s")
-    assert float(closed_s) <= WANDB_CLOSE_S + 1
+    assert float(closed_s) <= WANDB_CLOSE_S + 3
     assert [path for path in folder.glob("wandb/*/*.wandb") if path.stat().st_size], "offline files stay"

@@ -415,7 +415,7 @@ def test_a_rank_that_is_lost_ends_the_training_with_its_number_its_log_and_how_t
 
     def lose(stage: str, done: int, total: int, figures: str) -> None:
         if steps_of(checkpoints_of(output)) and not hit:
-            hit.append(next(p for p in set(_descendants(os.getpid())) - own if _rank_of(p) == "1"))
+            hit.append(min(p for p in set(_descendants(os.getpid())) - own if _rank_of(p) == "1"))
             os.kill(hit[0], number)
 
     options = options_for(base, ranks=2, epochs=200)

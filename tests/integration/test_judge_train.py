@@ -140,7 +140,7 @@ def members(group: int) -> list[str]:
 
 def test_a_verdict_is_what_transformers_computes(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     pairs = [("A post about a cat", " a cat", " a dog"), ("Another", "", " not empty"), ("{first}", " é", " 日本")]
-    judge = JudgeOracle(JudgeConfig(model="tiny-judge", url=server.url), seed=0, deadline_s=60)
+    judge = JudgeOracle(JudgeConfig(model="tiny-judge", url=server.url, timeout_s=START_S), seed=0, deadline_s=START_S)
     verdicts = judge.compare(*([pair[n] for pair in pairs] for n in range(3)))
     assert verdicts.is_valid.all()
     template, spread = load_template("general"), []

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import runs
 import zmq
+from live import EngineMode
 from runs import TEMPORARY, Inputs, Run, command, leftovers, train
 from sockets import beyond_this_machine, bound_by, opened, sockets_of
 
@@ -202,13 +203,15 @@ def seen(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         # What an operator has set for other programs must not open a port of ours to the network.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             patch.setitem(runs.ENVIRONMENT, name, another_interface())
+        engine = EngineMode(folder / "mode")
+        engine.set("slow")  # until it is attacked, so that several steps are still to come
         with (folder / "output").open("wb") as output:
             process = subprocess.Popen(
                 command(llama, found.run.folder, *options),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=runs.ENVIRONMENT,
+                env=runs.ENVIRONMENT | engine.environment,
             )
         try:
             deadline = time.monotonic() + runs.DEADLINE_S
@@ -218,6 +221,7 @@ def seen(llama: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
                 metrics = found.run.folder / "metrics.jsonl"
                 if not found.num_attacked and metrics.exists() and '"step"' in metrics.read_text():
                     found.num_attacked = attack(found)
+                    engine.set("fast")
                 time.sleep(POLL_S)
         finally:
             process.terminate()
