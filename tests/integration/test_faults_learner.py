@@ -62,4 +62,3 @@ def test_a_rank_that_is_stopped_and_one_that_is_killed_end_the_run_and_it_goes_o
     assert code == 0, run.output
     assert Run(folder, code, "").metrics() == two_by_two.metrics()
     assert (folder / "samples.jsonl").read_text() == (two_by_two.folder / "samples.jsonl").read_text()
-

@@ -17,12 +17,11 @@ import peft
 import pytest
 import torch
 from commands import CPU, NEW_TOKENS, done, greedy, load, logprob, oatlite, whole
+from live import state_of, wait_until
 from runs import DEADLINE_S, ENVIRONMENT, OATLITE, TEMPORARY, Inputs, read_lines, run_to_end
 from small_folders import byte_tokenizer, save_model
 
 from oatlite.oracles.reward_model import RewardModelOracle
-
-SILENCE_S = 60.0
 
 
 def test_generate_then_label_then_train_offline(llama: Inputs, tmp_path: Path) -> None:
@@ -157,12 +156,11 @@ class Terminal:
         """What is shown up to a prompt at which the process waits: between the prompt and its wait, Python's readline
         leaves a signal for the key after it."""
         shown = self.until(b"\r\n> ")
-        while Path(f"/proc/{self._child}/stat").read_text().rpartition(")")[2].split()[0] != "S":
-            time.sleep(0.001)
+        wait_until(lambda: state_of(self._child) == "S", DEADLINE_S)
         return shown
 
     def _read(self) -> None:
-        ready, _, _ = select.select([self._descriptor], [], [], SILENCE_S)
+        ready, _, _ = select.select([self._descriptor], [], [], DEADLINE_S)
         assert ready, f"nothing comes after {self._unread!r}"
         self._unread += os.read(self._descriptor, 4096)
 
