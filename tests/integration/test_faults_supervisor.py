@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from dead_runs import alone
-from live import CLEAN_S, Live, Stopwatch, is_running, live, state_of, wait_until
+from live import CLEAN_S, EngineMode, Live, Stopwatch, is_running, live, state_of, wait_until
 from runs import ENVIRONMENT, OATLITE, TEMPORARY, Inputs, Run, command, leftovers, worker_pids
 
 from oatlite.checkpoint import checkpoints_of, complete, steps_of, unfinished
@@ -41,7 +41,9 @@ def test_a_run_killed_in_a_save_leaves_nothing_and_goes_on_at_once_until_a_step_
         watch.within(SWEPT_S, "supervisor killed, until segments and sockets are gone")
 
     resume = [str(OATLITE), "resume", str(folder), "--set", f"timeouts.stop_s={STOP_S}"]
-    with live(resume, folder) as run:
+    engine = EngineMode(tmp_path / "mode")
+    engine.set("slow")  # so that the actor is stopped while it generates for the step after the one that is saved
+    with live(resume, folder, engine.environment) as run:
         watch = Stopwatch()
         for path in half:
             run.wait_for(f"{path.name} was not complete when its run ended, and is skipped")
@@ -141,7 +143,7 @@ def test_a_run_that_is_resumed_before_the_reaper_has_done_its_work_is_not_distur
     resume = [str(OATLITE), "resume", str(folder)]
     with live(resume, folder) as run:
         wait_until(lambda: not is_running(actor), CLEAN_S)  # by itself
-        run.wait_for("step ")
+        run.wait_for("step ", "/3")
         assert is_running(learner) and private.exists()
         os.kill(reaper, signal.SIGCONT)
         watch = Stopwatch()
